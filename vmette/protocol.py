@@ -1,0 +1,369 @@
+"""The control protocol, host side: frames, records and flow control without any I/O (docs/protocol.md is the wire)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from .errors import ProtocolError
+
+__all__ = ["Channel", "Connection", "Event", "Exec", "FrameType", "Milestone", "Tag", "decode_record", "encode_record"]
+
+VERSION = 1
+HEADER = struct.Struct("<BBHII")
+FIELD = struct.Struct("<HHI")
+U32 = struct.Struct("<I")
+CREDIT = struct.Struct("<BI")
+
+MAX_DATA = 65536
+MAX_EXEC = 2 << 20
+MAX_CONTROL = 4096
+WINDOW = 262144
+"""Bytes that may be in flight on one channel of one stream."""
+
+KERNEL_TEXT_LIMIT = 256
+
+
+class FrameType(IntEnum):
+    """The type byte of a frame's header."""
+
+    HELLO = 1
+    ERROR = 2
+    SHUTDOWN = 3
+    EXEC = 4
+    STDIN = 5
+    STDIN_EOF = 6
+    STDOUT = 7
+    STDERR = 8
+    WINDOW = 9
+    SIGNAL = 10
+    EXIT = 11
+
+
+class Tag(IntEnum):
+    """The tag of a record's field."""
+
+    VERSION = 1
+    KERNEL = 2
+    MILESTONE = 3
+    ERRNO = 4
+    STAGE = 5
+    TEXT = 6
+    ARG = 7
+    ENV = 8
+    CWD = 9
+    USER = 10
+    FLAGS = 11
+    CODE = 12
+    SIGNAL = 13
+
+
+class Channel(IntEnum):
+    """A byte stream of a command, as WINDOW frames number them."""
+
+    STDIN = 0
+    STDOUT = 1
+    STDERR = 2
+
+
+def encode_record(fields: Iterable[tuple[Tag, bytes]]) -> bytes:
+    """A record of `fields`, in their order."""
+    return b"".join(FIELD.pack(tag, 0, len(value)) + value for tag, value in fields)
+
+
+def decode_record(payload: bytes) -> Iterator[tuple[int, bytes]]:
+    """The (tag, value) fields of a record, unknown tags among them.
+
+    Raises:
+        ProtocolError: the record is malformed.
+    """
+    at = 0
+    while at < len(payload):
+        if len(payload) - at < FIELD.size:
+            raise ProtocolError("the guest sent a record that ends within a field")
+        tag, zero, length = FIELD.unpack_from(payload, at)
+        at += FIELD.size
+        if zero or length > len(payload) - at:
+            raise ProtocolError("the guest sent a record with a bad field")
+        yield tag, payload[at : at + length]
+        at += length
+
+
+def _u32(value: bytes) -> int:
+    if len(value) != U32.size:
+        raise ProtocolError("the guest sent a number of the wrong size")
+    return int(U32.unpack(value)[0])
+
+
+def _text(value: bytes) -> str:
+    """Text of the guest, fit for one line on a terminal: control characters are replaced."""
+    return "".join(c if c.isprintable() else "?" for c in value.decode("utf-8", "replace"))
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """A point that the guest's boot reached, `usec` microseconds after its kernel started."""
+
+    name: str
+    usec: int
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The guest is ready for commands."""
+
+    kernel: str
+    milestones: tuple[Milestone, ...]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """ERROR: the machine (stream 0) or a command could not be set up."""
+
+    stream: int
+    errno: int
+    stage: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """Bytes that a command wrote. Give them back with :meth:`Connection.consumed` when they have been passed on."""
+
+    stream: int
+    channel: Channel
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A command ended: exactly one of `code` (0 to 255) and `signal` (1 to 64) is set."""
+
+    stream: int
+    code: int | None
+    signal: int | None
+
+
+@dataclass(frozen=True)
+class Writable:
+    """The guest took more of a command's stdin: :meth:`Connection.stdin_room` has grown."""
+
+    stream: int
+
+
+Event = Hello | Failure | Output | Exited | Writable
+
+
+@dataclass(frozen=True)
+class Exec:
+    """What EXEC asks for. `env` is the whole environment; the guest adds PATH and HOME where they are missing."""
+
+    argv: tuple[bytes, ...]
+    env: tuple[bytes, ...] = ()
+    cwd: bytes | None = None
+    user: bytes | None = None
+
+    def encode(self) -> bytes:
+        """The payload of the EXEC frame."""
+        fields = [(Tag.ARG, arg) for arg in self.argv] + [(Tag.ENV, entry) for entry in self.env]
+        if self.cwd is not None:
+            fields.append((Tag.CWD, self.cwd))
+        if self.user is not None:
+            fields.append((Tag.USER, self.user))
+        fields.append((Tag.FLAGS, U32.pack(0)))
+        return encode_record(fields)
+
+
+@dataclass
+class _Stream:
+    stdin: int = WINDOW
+    eof: bool = False
+    windows: dict[Channel, int] = field(default_factory=lambda: {Channel.STDOUT: WINDOW, Channel.STDERR: WINDOW})
+    owed: dict[Channel, int] = field(default_factory=lambda: {Channel.STDOUT: 0, Channel.STDERR: 0})
+
+
+_LIMITS = {FrameType.STDOUT: MAX_DATA, FrameType.STDERR: MAX_DATA}
+_FROM_GUEST = frozenset({FrameType.HELLO, FrameType.ERROR, FrameType.WINDOW, FrameType.EXIT, *_LIMITS})
+
+
+class Connection:
+    """One connection's state. Bytes from the guest go into :meth:`receive`, bytes for it come out of :meth:`outgoing`.
+
+    Holds at most one incomplete frame of input; what it holds of output is what the caller sent and has not taken.
+    """
+
+    def __init__(self) -> None:
+        self._in = bytearray()
+        self._out = bytearray()
+        self._streams: dict[int, _Stream] = {}
+        self._last_stream = 0
+        self._greeted = False
+        self._send(FrameType.HELLO, 0, encode_record([(Tag.VERSION, U32.pack(VERSION))]))
+
+    # --- to the guest
+
+    def _send(self, kind: FrameType, stream: int, payload: bytes | memoryview = b"") -> None:
+        self._out += HEADER.pack(kind, 0, 0, stream, len(payload))
+        self._out += payload
+
+    @property
+    def outgoing(self) -> bytearray:
+        """Bytes to be written to the port: delete from its front what has been written."""
+        return self._out
+
+    def exec(self, command: Exec) -> int:
+        """Starts a command and returns its stream number.
+
+        Raises:
+            ProtocolError: the arguments and environment are larger than the protocol carries (2 MiB).
+        """
+        payload = command.encode()
+        if len(payload) > MAX_EXEC:
+            raise ProtocolError("the command's arguments and environment are larger than 2 MiB")
+        self._last_stream += 1
+        self._streams[self._last_stream] = _Stream()
+        self._send(FrameType.EXEC, self._last_stream, payload)
+        return self._last_stream
+
+    def stdin_room(self, stream: int) -> int:
+        """How many bytes of stdin may be sent now (0 when the command has ended)."""
+        state = self._streams.get(stream)
+        return 0 if state is None or state.eof else state.stdin
+
+    def send_stdin(self, stream: int, data: bytes) -> None:
+        """Sends `data`, at most :meth:`stdin_room` bytes."""
+        state = self._streams[stream]
+        if len(data) > state.stdin:
+            raise ValueError("more bytes than the window has room for")
+        state.stdin -= len(data)
+        view = memoryview(data)
+        for at in range(0, len(data), MAX_DATA):
+            self._send(FrameType.STDIN, stream, view[at : at + MAX_DATA])
+
+    def send_eof(self, stream: int) -> None:
+        """Ends the command's stdin."""
+        state = self._streams.get(stream)
+        if state is not None and not state.eof:
+            state.eof = True
+            self._send(FrameType.STDIN_EOF, stream)
+
+    def signal(self, stream: int, number: int, *, group: bool = True) -> None:
+        """Sends a signal to the command, and to its process group if `group`."""
+        if stream in self._streams:
+            self._send(FrameType.SIGNAL, stream, bytes((number, group)))
+
+    def shutdown(self) -> None:
+        """Asks the guest to sync and power off."""
+        self._send(FrameType.SHUTDOWN, 0)
+
+    def consumed(self, output: Output) -> None:
+        """Gives the bytes of `output` back to the guest's window. Small pieces are gathered."""
+        state = self._streams.get(output.stream)
+        if state is None:
+            return
+        state.owed[output.channel] += len(output.data)
+        if (owed := state.owed[output.channel]) >= WINDOW // 4:
+            state.owed[output.channel] = 0
+            state.windows[output.channel] += owed
+            self._send(FrameType.WINDOW, output.stream, CREDIT.pack(output.channel, owed))
+
+    # --- from the guest
+
+    def receive(self, data: bytes) -> Iterator[Event]:
+        """Takes bytes from the port; yields what they mean.
+
+        Raises:
+            ProtocolError: the guest broke the protocol. The connection is of no more use.
+        """
+        self._in += data
+        at = 0
+        try:
+            while len(self._in) - at >= HEADER.size:
+                kind, zero8, zero16, stream, length = HEADER.unpack_from(self._in, at)
+                if zero8 or zero16 or kind not in _FROM_GUEST or length > _LIMITS.get(kind, MAX_CONTROL):
+                    raise ProtocolError(f"the guest sent a bad frame (type {kind}, {length} bytes)")
+                if len(self._in) - at - HEADER.size < length:
+                    break
+                start = at + HEADER.size
+                at = start + length
+                event = self._take(FrameType(kind), stream, bytes(memoryview(self._in)[start:at]))
+                if event is not None:
+                    yield event
+        finally:
+            del self._in[:at]
+
+    def _take(self, kind: FrameType, stream: int, payload: bytes) -> Event | None:
+        if kind is FrameType.HELLO:
+            return self._take_hello(stream, payload)
+        if kind is FrameType.ERROR:
+            return self._take_error(stream, payload)
+        if not self._greeted:
+            raise ProtocolError("the guest did not say hello")
+        state = self._streams.get(stream)
+        if state is None:
+            raise ProtocolError(f"the guest sent a frame for command {stream}, which is not running")
+        if kind is FrameType.WINDOW:
+            return self._take_window(stream, state, payload)
+        if kind is FrameType.EXIT:
+            del self._streams[stream]
+            return _decode_exit(stream, payload)
+        channel = Channel.STDOUT if kind is FrameType.STDOUT else Channel.STDERR
+        if not payload or len(payload) > state.windows[channel]:
+            raise ProtocolError("the guest sent more output than it was allowed to")
+        state.windows[channel] -= len(payload)
+        return Output(stream, channel, payload)
+
+    def _take_hello(self, stream: int, payload: bytes) -> Hello:
+        if self._greeted or stream != 0:
+            raise ProtocolError("the guest said hello twice")
+        version, kernel = 0, ""
+        milestones = []
+        for tag, value in decode_record(payload):
+            if tag == Tag.VERSION:
+                version = _u32(value)
+            elif tag == Tag.KERNEL:
+                kernel = _text(value[:KERNEL_TEXT_LIMIT])
+            elif tag == Tag.MILESTONE:
+                if len(value) < 8:
+                    raise ProtocolError("the guest sent a milestone without a time")
+                milestones.append(Milestone(_text(value[8:]), int.from_bytes(value[:8], "little")))
+        if version != VERSION:
+            raise ProtocolError(f"the guest speaks control protocol {version}, this is {VERSION}")
+        self._greeted = True
+        return Hello(kernel, tuple(milestones))
+
+    def _take_error(self, stream: int, payload: bytes) -> Failure:
+        errno, stage, text = 0, "", ""
+        for tag, value in decode_record(payload):
+            if tag == Tag.ERRNO:
+                errno = _u32(value)
+            elif tag == Tag.STAGE:
+                stage = _text(value)
+            elif tag == Tag.TEXT:
+                text = _text(value)
+        if stream != 0 and self._streams.pop(stream, None) is None:
+            raise ProtocolError(f"the guest sent an error for command {stream}, which is not running")
+        return Failure(stream, errno, stage, text)
+
+    def _take_window(self, stream: int, state: _Stream, payload: bytes) -> Writable:
+        if len(payload) != CREDIT.size:
+            raise ProtocolError("the guest sent a window of the wrong size")
+        channel, size = CREDIT.unpack(payload)
+        if channel != Channel.STDIN or size > WINDOW - state.stdin:
+            raise ProtocolError("the guest gave back more of its stdin than it was sent")
+        state.stdin += size
+        return Writable(stream)
+
+
+def _decode_exit(stream: int, payload: bytes) -> Exited:
+    code = signal = None
+    for tag, value in decode_record(payload):
+        if tag == Tag.CODE:
+            code = _u32(value)
+        elif tag == Tag.SIGNAL:
+            signal = _u32(value)
+    if (code is None) == (signal is None) or (code or 0) > 255 or not 1 <= (signal or 1) <= 64:
+        raise ProtocolError("the guest sent an exit without one sound code or signal")
+    return Exited(stream, code, signal)
