@@ -6,12 +6,16 @@ The command line prints that line and exits with :attr:`VmetteError.exit_code`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
+    "CalledProcessError",
     "CommandNotStarted",
     "ConfigError",
     "GuestError",
     "PayloadError",
     "ProtocolError",
+    "TimeoutExpired",
     "VmetteError",
     "VmmError",
 ]
@@ -52,3 +56,32 @@ class CommandNotStarted(VmetteError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class CalledProcessError(VmetteError):
+    """The command ended with a status other than 0 and `check` was asked for. Attributes as in :mod:`subprocess`."""
+
+    def __init__(
+        self, returncode: int, cmd: Sequence[str], output: bytes | str | None, stderr: bytes | str | None
+    ) -> None:
+        how = f"died of signal {-returncode}" if returncode < 0 else f"returned exit status {returncode}"
+        super().__init__(f"command {list(cmd)} {how}")
+        self.returncode = returncode
+        self.cmd = cmd
+        self.output = self.stdout = output
+        self.stderr = stderr
+
+
+class TimeoutExpired(VmetteError):
+    """The time-out passed before the command ended. The VM is gone; `stdout` and `stderr` are what had come by then."""
+
+    exit_code = 124
+
+    def __init__(
+        self, cmd: Sequence[str], timeout: float, output: bytes | str | None, stderr: bytes | str | None
+    ) -> None:
+        super().__init__(f"command {list(cmd)} timed out after {timeout:g} seconds")
+        self.cmd = cmd
+        self.timeout = timeout
+        self.output = self.stdout = output
+        self.stderr = stderr

@@ -1,0 +1,78 @@
+"""Where things are: the guest payload that came with vmette, and the user's cache directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import ConfigError, PayloadError
+
+ARCHITECTURES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+"""What `uname -m` and people say, and our name for it."""
+
+KERNELS = {"x86_64": "vmlinux", "aarch64": "Image"}
+
+
+def host_arch() -> str:
+    """The host machine's architecture, by our name.
+
+    Raises:
+        ConfigError: it is neither x86_64 nor aarch64.
+    """
+    return canonical_arch(os.uname().machine)
+
+
+def canonical_arch(name: str) -> str:
+    """Our name for the architecture `name`.
+
+    Raises:
+        ConfigError: there is no guest for it.
+    """
+    try:
+        return ARCHITECTURES[name]
+    except KeyError:
+        raise ConfigError(f"architecture {name!r} is not supported; there are x86_64 and aarch64") from None
+
+
+def cache_root() -> Path:
+    """$VMETTE_CACHE_DIR, or `vmette` in the user's cache directory. Not made here."""
+    if explicit := os.environ.get("VMETTE_CACHE_DIR"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmette"
+
+
+def _payload(arch: str, name: str) -> Path:
+    root = os.environ.get("VMETTE_ASSETS_DIR")
+    path = (Path(root) if root else Path(__file__).parent / "_payload") / arch / name
+    if not path.is_file():
+        raise PayloadError(
+            f"{path} is missing: run `make payload` in a checkout, or set VMETTE_ASSETS_DIR to a directory that has it"
+        )
+    return path
+
+
+def kernel(arch: str) -> Path:
+    """The guest kernel for `arch`.
+
+    Raises:
+        PayloadError: it is missing.
+    """
+    return _payload(arch, KERNELS[arch])
+
+
+def initramfs(arch: str) -> Path:
+    """The initramfs with the guest agent for `arch`.
+
+    Raises:
+        PayloadError: it is missing.
+    """
+    return _payload(arch, "initramfs.cpio")
+
+
+def base_image(arch: str | None = None) -> Path:
+    """The squashfs image of `builtin://base`, for this machine's architecture unless told otherwise.
+
+    Raises:
+        PayloadError: it is missing.
+    """
+    return _payload(arch or host_arch(), "base.squashfs")

@@ -1,0 +1,133 @@
+"""What a microVM is made of, checked as it is written down."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import assets
+from .errors import ConfigError, PayloadError
+from .providers.base import Artifact, BlockImage
+
+ACCELERATORS = ("auto", "kvm", "tcg")
+MAX_VCPUS = 16
+"""CONFIG_NR_CPUS of the guest kernel."""
+MIN_MEM_MIB, MAX_MEM_MIB = 64, 1 << 20
+MAX_SHARES = 16
+TAG_BYTES = 36
+"""The tag field of a virtio-fs device (virtio 1.2, 5.11.4)."""
+ROOT_TAG = "rootfs"
+CMDLINE_BYTES = 2047
+"""COMMAND_LINE_SIZE of both architectures, less the final NUL (arm64's is the smaller one)."""
+
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A directory of the host at /mnt/`tag` in the guest.
+
+    Raises:
+        ConfigError: the tag cannot be used, or the path is no directory.
+    """
+
+    tag: str
+    path: Path
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not _TAG.fullmatch(self.tag):
+            raise ConfigError(f"share tag {self.tag!r} is malformed: letters, digits, '.', '_' and '-' only")
+        if len(self.tag) > TAG_BYTES:
+            raise ConfigError(f"share tag {self.tag!r} is too long: at most {TAG_BYTES} characters")
+        if self.tag == ROOT_TAG or self.tag.startswith("vmette"):
+            raise ConfigError(f"share tag {self.tag!r} is reserved; choose another name")
+        if not self.path.is_dir():
+            problem = "is not a directory" if self.path.exists() else "does not exist"
+            raise ConfigError(f"share {self.tag}: {self.path} {problem}")
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """Reads `TAG=PATH[:ro]` as the command line has it (`:rw`, the default, may be said too)."""
+        tag, equals, path = text.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"share {text!r} is malformed: it is TAG=PATH or TAG=PATH:ro")
+        read_only = path.endswith(":ro")
+        if read_only or path.endswith(":rw"):
+            path = path[:-3]
+        return cls(tag, Path(path), read_only)
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """One microVM.
+
+    Raises:
+        ConfigError: a value is out of range.
+        PayloadError: the kernel or the initramfs is missing, unreadable or something else.
+    """
+
+    root: Artifact
+    shares: tuple[Share, ...] = ()
+    vcpus: int = 1
+    mem_mib: int = 512
+    root_read_only: bool = False
+    kernel: Path | None = None
+    initramfs: Path | None = None
+    cmdline: str = ""
+    """More kernel parameters, after ours."""
+    arch: str = field(default_factory=assets.host_arch)
+    accel: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arch", assets.canonical_arch(self.arch))
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise ConfigError(f"{self.vcpus} vcpus: there can be 1 to {MAX_VCPUS}")
+        if not MIN_MEM_MIB <= self.mem_mib <= MAX_MEM_MIB:
+            raise ConfigError(f"{self.mem_mib} MiB of memory: it can be {MIN_MEM_MIB} to {MAX_MEM_MIB}")
+        if self.accel not in ACCELERATORS:
+            raise ConfigError(f"accelerator {self.accel!r} is not known; there are {', '.join(ACCELERATORS)}")
+        if len(self.shares) > MAX_SHARES:
+            raise ConfigError(f"{len(self.shares)} shares: there can be at most {MAX_SHARES}")
+        tags = [share.tag for share in self.shares]
+        for tag in tags:
+            if tags.count(tag) > 1:
+                raise ConfigError(f"share tag {tag!r} is used twice")
+        if "\0" in self.cmdline or "\n" in self.cmdline:
+            raise ConfigError("the kernel command line must be one line")
+        object.__setattr__(self, "kernel", self.kernel or assets.kernel(self.arch))
+        object.__setattr__(self, "initramfs", self.initramfs or assets.initramfs(self.arch))
+        _check_kernel(self.kernel_path, self.arch)
+        _read_start(self.initramfs_path, "initramfs")
+        if isinstance(self.root, BlockImage):
+            _read_start(self.root.path, "root image")
+
+    @property
+    def kernel_path(self) -> Path:
+        """The kernel that is booted."""
+        assert self.kernel is not None
+        return self.kernel
+
+    @property
+    def initramfs_path(self) -> Path:
+        """The initramfs that is booted."""
+        assert self.initramfs is not None
+        return self.initramfs
+
+
+def _read_start(path: Path, what: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(1024)
+    except OSError as error:
+        raise PayloadError(f"cannot read the {what} {path}: {error.strerror}") from error
+
+
+def _check_kernel(path: Path, arch: str) -> None:
+    """Says early, in words, what QEMU would say late or not at all."""
+    start = _read_start(path, "kernel")
+    # ELF; or "HdrS" of a bzImage (Documentation/arch/x86/boot.rst); or "ARM\x64" (Documentation/arch/arm64/booting.rst)
+    good = start[56:60] == b"ARM\x64" if arch == "aarch64" else start[:4] == b"\x7fELF" or start[514:518] == b"HdrS"
+    if not good:
+        raise PayloadError(f"{path} is no {arch} Linux kernel")

@@ -1,0 +1,113 @@
+"""The contract between providers and the rest: artifacts, errors, context, and what a provider is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from ..errors import VmetteError
+
+
+class BlockFs(Enum):
+    """The filesystem of a block image; its value is the kernel's name for it."""
+
+    SQUASHFS = "squashfs"
+    EROFS = "erofs"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory of the host that becomes the root filesystem, shared over virtio-fs or 9p."""
+
+    path: Path
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class BlockImage:
+    """An image file that becomes the read-only lower layer of the root filesystem, as a virtio disk."""
+
+    path: Path
+    fstype: BlockFs
+
+
+Artifact = Directory | BlockImage
+
+
+class ProviderError(VmetteError):
+    """A spec could not be resolved."""
+
+
+class InvalidSpec(ProviderError):
+    """The spec is malformed, or nothing of that name is there."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"invalid spec: {message}")
+
+
+class OfflineCacheMiss(ProviderError):
+    """Offline mode is on and the cache does not have it."""
+
+    def __init__(self, spec: str) -> None:
+        super().__init__(f"offline mode: {spec} not in cache")
+
+
+class NetworkError(ProviderError):
+    """Name look-up, TLS, HTTP status or registry failure."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"network: {message}")
+
+
+class ProviderIOError(ProviderError):
+    """A file system failed while a cache was read or an image written."""
+
+    def __init__(self, error: OSError | str) -> None:
+        super().__init__(f"io: {error}")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a provider is told of its surroundings."""
+
+    cache_root: Path
+    offline: bool = False
+    guest_helpers_dir: Path | None = None
+    """Where `vsock-send` and `vsock-runner` for the guest lie."""
+
+    def provider_cache(self, name: str) -> Path:
+        """The provider's own directory below `cache_root`, made if it is missing.
+
+        Raises:
+            ProviderIOError: it cannot be made.
+        """
+        directory = Path(self.cache_root) / name
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ProviderIOError(error) from error
+        return directory
+
+
+@runtime_checkable
+class RootfsProvider(Protocol):
+    """A source of root filesystems. Stateless between calls: its state is in its cache directory."""
+
+    @property
+    def name(self) -> str:
+        """A short ASCII name, also that of the cache directory."""
+
+    def matches(self, spec: str) -> bool:
+        """Whether this provider answers for `spec`. Cheap, and never raises; the first provider that says yes wins."""
+
+    def provide(self, spec: str, context: Context) -> Artifact:
+        """Resolves `spec`. Doing it again gives the same artifact.
+
+        Raises:
+            ProviderError: it cannot be resolved.
+        """

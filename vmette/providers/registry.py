@@ -1,0 +1,83 @@
+"""The registry: an ordered list of providers, of which the first that claims a spec resolves it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+from .base import Artifact, Context, InvalidSpec, RootfsProvider
+from .builtin import BuiltinProvider
+from .dir import DirProvider
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINTS = "vmette.providers"
+
+
+class Registry:
+    """Providers in the order in which they are asked: register the specific ones first, a catch-all last.
+
+    `more` gives further providers, asked after the others and loaded only when none of those claims a spec.
+    """
+
+    def __init__(
+        self, providers: Iterable[RootfsProvider] = (), more: Callable[[], Iterable[RootfsProvider]] | None = None
+    ) -> None:
+        self._providers = tuple(providers)
+        self._more = more
+        self._loaded: tuple[RootfsProvider, ...] | None = None
+
+    def with_provider(self, provider: RootfsProvider) -> Registry:
+        """A registry with `provider` after those of this one."""
+        return Registry((*self._providers, provider), self._more)
+
+    def _all(self) -> Iterator[RootfsProvider]:
+        yield from self._providers
+        if self._loaded is None:
+            self._loaded = tuple(self._more()) if self._more is not None else ()
+        yield from self._loaded
+
+    def resolve(self, spec: str, context: Context) -> Artifact:
+        """Has the first provider that claims `spec` resolve it.
+
+        Raises:
+            InvalidSpec: none claims it.
+            ProviderError: the one that does cannot resolve it.
+        """
+        for provider in self._all():
+            if provider.matches(spec):
+                return provider.provide(spec, context)
+        quoted = json.dumps(spec, ensure_ascii=False)
+        raise InvalidSpec(f"no provider claims {quoted}; registered: [{', '.join(self.names)}]")
+
+    @property
+    def names(self) -> list[str]:
+        """The providers' names in order."""
+        return [provider.name for provider in self._all()]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._all())
+
+
+def _installed() -> Iterator[RootfsProvider]:
+    """The providers of other packages. One that does not load is reported and left out: it must not stop the others."""
+    from importlib.metadata import entry_points
+
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        try:
+            provider = entry.load()()
+        except Exception as error:  # whatever another's package raises
+            logger.warning("provider %s (%s) does not load: %s", entry.name, entry.value, error)
+            continue
+        if isinstance(provider, RootfsProvider):
+            yield provider
+        else:
+            logger.warning(
+                "provider %s (%s) is no provider: it lacks name, matches or provide", entry.name, entry.value
+            )
+
+
+def default_registry() -> Registry:
+    """The built-in providers, then those that other packages installed."""
+    return Registry((BuiltinProvider(), DirProvider()), _installed)

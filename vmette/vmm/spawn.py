@@ -1,0 +1,102 @@
+"""Child processes that cannot outlive this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+from ..errors import VmmError
+
+
+class Child:
+    """A running child process: ended by :meth:`kill`, or by the kernel when this process ends however it does."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.status: int | None = None
+        """What `os.waitpid` said, once it has ended."""
+
+    def poll(self, *, wait: bool = False) -> bool:
+        """Whether the child has ended; with `wait`, once it has."""
+        if self.status is None:
+            try:
+                pid, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
+            except ChildProcessError:  # somebody else in this program waits for every child
+                pid, status = self.pid, 0
+            if pid:
+                self.status = status
+        return self.status is not None
+
+    def kill(self) -> None:
+        """Ends the child now and waits until it is gone."""
+        if self.status is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.poll(wait=True)
+
+
+def spawn(argv: Sequence[str], fds: Mapping[int, int], env: Mapping[str, str]) -> Child:
+    """Starts `argv` (a path first) with descriptor `fds[n]` as its `n`, nothing else open, in a session of its own.
+
+    Raises:
+        VmmError: it cannot be started.
+    """
+    from .._native import ffi, lib
+
+    strings = [ffi.new("char[]", os.fsencode(arg)) for arg in argv]
+    entries = [ffi.new("char[]", os.fsencode(f"{name}={value}")) for name, value in env.items()]
+    arguments = ffi.new("char *[]", [*strings, ffi.NULL])
+    environment = ffi.new("char *[]", [*entries, ffi.NULL])
+    sources, targets = list(fds.values()), list(fds.keys())
+    # The kernel ends a child when the *thread* that started it ends, so it must be one that lasts.
+    pid = _in_lasting_thread(
+        lambda: lib.vmette_spawn(os.fsencode(argv[0]), arguments, environment, sources, targets, len(sources))
+    )
+    if pid < 0:
+        raise VmmError(f"cannot start {argv[0]}: {os.strerror(-pid)}")
+    return Child(pid)
+
+
+class _Spawner:
+    """A thread that lives as long as the process and runs what it is given."""
+
+    def __init__(self) -> None:
+        import queue
+
+        self.pid = os.getpid()
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="vmette-spawner", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self._tasks.get()()
+
+    def call(self, function: Callable[[], int]) -> int:
+        done = threading.Event()
+        results: list[int] = []
+
+        def task() -> None:
+            results.append(function())
+            done.set()
+
+        self._tasks.put(task)
+        done.wait()
+        return results[0]
+
+
+_spawner: _Spawner | None = None
+_spawner_lock = threading.Lock()
+
+
+def _in_lasting_thread(function: Callable[[], int]) -> int:
+    global _spawner
+    if threading.current_thread() is threading.main_thread():
+        return function()
+    with _spawner_lock:
+        if _spawner is None or _spawner.pid != os.getpid():  # a fork takes no threads along
+            _spawner = _Spawner()
+        spawner = _spawner
+    return spawner.call(function)
