@@ -68,7 +68,8 @@ class MachineConfig:
         PayloadError: the kernel or the initramfs is missing, unreadable or something else.
     """
 
-    root: Artifact
+    root: Artifact | None
+    """None boots to the point where the guest says that it has no root: the probe for an accelerator does."""
     shares: tuple[Share, ...] = ()
     vcpus: int = 1
     mem_mib: int = 512

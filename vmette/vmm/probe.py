@@ -1,0 +1,50 @@
+"""Answers about this host that are costly to find out, remembered in the user's cache directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from .. import assets
+
+logger = logging.getLogger(__name__)
+
+
+def identity(path: Path) -> str:
+    """What changes when the file at `path` does."""
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+def remembered(question: str, facts: Mapping[str, str], ask: Callable[[], bool]) -> bool:
+    """The answer of `ask`, which is called once for each `question` and the `facts` that it depends on."""
+    key = hashlib.sha256(json.dumps([question, dict(facts)], sort_keys=True).encode()).hexdigest()
+    path = assets.cache_root() / "probes" / f"{question}-{key[:32]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads(path.read_text())["answer"])
+    answer = ask()
+    try:
+        _write(path, json.dumps({"answer": answer, "facts": dict(facts)}, indent=1))
+    except OSError as error:  # a full disk makes the next run slower, not wrong
+        logger.info("cannot remember that %s is %s: %s", question, answer, error)
+    return answer
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd, staging = tempfile.mkstemp(dir=path.parent, prefix=".")
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(fd)
+        Path(staging).replace(path)
+    except BaseException:
+        Path(staging).unlink(missing_ok=True)
+        raise
