@@ -16,9 +16,7 @@ X86_TCG = ("no_timer_check", "lpj=10000000", "tsc=reliable")
 X86 = ("pci=off",)
 
 
-def kernel_cmdline(
-    config: MachineConfig, accel: str, root_type: str, shares: Sequence[tuple[Share, str]]
-) -> str:
+def kernel_cmdline(config: MachineConfig, accel: str, root_type: str, shares: Sequence[tuple[Share, str]]) -> str:
     """The whole line. Types of the directory root and of each share are `virtiofs` or `9p`.
 
     Raises:

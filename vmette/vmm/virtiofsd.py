@@ -57,6 +57,10 @@ class Virtiofsd:
         argv = [self.path, f"--fd={fd}", f"--shared-dir={directory}", "--cache=auto", "--xattr", "--log-level=error"]
         return [*argv, *(["--readonly"] if read_only else [])]
 
+    def can_serve(self, directory: Path, *, read_only: bool) -> bool:
+        """Whether it can serve `directory` with that access. The C program splits its options at commas."""
+        return (self.read_only or not read_only) and (self.rust or not set(",\\") & set(str(directory.absolute())))
+
     def serve(self, directory: Path, *, read_only: bool, stderr: int) -> Daemon:
         """Starts it for `directory`.
 
