@@ -26,19 +26,45 @@
 
 enum { PATH_BYTES = 4096, NAME_BYTES = 256 };
 
-/* --- copy_into ---------------------------------------------------------------------------------------------------- */
-
-/* Opens the directory `name` in `parent`, made if it is missing; -1 with errno. A symlink is ELOOP. */
+/* Opens the directory `name` in `parent`; -1 with errno. A symlink is ELOOP. */
 static int open_child(int parent, const char *name) {
-    if (mkdirat(parent, name, 0755) != 0 && errno != EEXIST) return -1;
-    int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), error = errno;
     struct stat st;
-    if (fd < 0 && errno == ENOTDIR && fstatat(parent, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode))
-        errno = ELOOP; /* Linux says ENOTDIR of a link when both flags are given */
+    if (fd < 0 && error == ENOTDIR && fstatat(parent, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode))
+        error = ELOOP; /* Linux says ENOTDIR of a link when both flags are given */
+    errno = error;
     return fd;
 }
 
-/* The directory that holds the last component of `path`, with all above it made; `path` is cut at its slashes. */
+/* Opens the directory `path` below `root`, each piece of it with `step`, so that no symlink is followed. */
+static int walk(int root, char *path, int (*step)(int, const char *)) {
+    int fd = fcntl(root, F_DUPFD_CLOEXEC, 0);
+    while (fd >= 0) {
+        char *slash = strchr(path, '/');
+        if (slash != NULL) *slash = 0;
+        int child = step(fd, path), error = errno;
+        close(fd);
+        errno = error;
+        fd = child;
+        if (slash == NULL) break;
+        *slash = '/';
+        path = slash + 1;
+    }
+    return fd;
+}
+
+/* --- copy_into ---------------------------------------------------------------------------------------------------- */
+
+/* As open_child, but the directory is made if it is missing. */
+static int open_or_make_child(int parent, const char *name) {
+    bool made = mkdirat(parent, name, 0755) == 0;
+    if (!made && errno != EEXIST) return -1;
+    int fd = open_child(parent, name);
+    if (fd >= 0 && made) fchmod(fd, 0755); /* whatever this process's umask is: the guest's users go through it */
+    return fd;
+}
+
+/* The directory that holds the last component of `path`, with all above it made; `path` is cut at its last slash. */
 static int open_parent(int root, char *path, const char **name) {
     char *slash = strrchr(path, '/');
     if (slash == NULL) {
@@ -54,15 +80,7 @@ static int open_parent(int root, char *path, const char **name) {
     long whole = syscall(SYS_openat2, root, path, &how, sizeof how);
     if (whole >= 0) return (int)whole;
 #endif
-    int parent = fcntl(root, F_DUPFD_CLOEXEC, 0);
-    char *rest = path, *part;
-    while (parent >= 0 && (part = strsep(&rest, "/")) != NULL) {
-        int child = open_child(parent, part), error = errno;
-        close(parent);
-        parent = child;
-        errno = error;
-    }
-    return parent;
+    return walk(root, path, open_or_make_child);
 }
 
 /* Every component is a plain name: no "", "." or "..". */
@@ -141,10 +159,10 @@ int vmette_copy_into(const char *root, const char *relative, const char *source,
     struct stat have, want;
     if (strlen(relative) >= sizeof path || !is_plain(relative)) return -EINVAL;
     memcpy(path, relative, strlen(relative) + 1);
-    int result = 0, parent = -1;
+    int result = 0, parent = -1, from = -1;
     int top = open(root, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    int from = open(source, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* O_NONBLOCK: a FIFO must not hold us */
-    if (top < 0 || from < 0 || fstat(from, &want) != 0)
+    if (top < 0 || (from = open(source, O_RDONLY | O_CLOEXEC | O_NONBLOCK)) < 0 || /* a FIFO must not hold us */
+        fstat(from, &want) != 0)
         result = -errno;
     else if (!S_ISREG(want.st_mode))
         result = -EINVAL;
@@ -189,13 +207,18 @@ static int push(struct pending *p, const char *parent, const char *name) {
     return 0;
 }
 
+/* A tree can hold times and sizes (of sparse files) beyond what their sums can: those stay at the limit. */
 static void note(struct vmette_tree *t, const struct stat *st) {
-    int64_t mtime = (int64_t)MTIME(*st).tv_sec * 1000000000 + MTIME(*st).tv_nsec;
+    int64_t mtime;
+    if (__builtin_mul_overflow((int64_t)MTIME(*st).tv_sec, (int64_t)1000000000, &mtime) ||
+        __builtin_add_overflow(mtime, (int64_t)MTIME(*st).tv_nsec, &mtime))
+        mtime = MTIME(*st).tv_sec < 0 ? INT64_MIN : INT64_MAX;
     if (mtime > t->newest) t->newest = mtime;
-    if (S_ISREG(st->st_mode)) t->bytes += (uint64_t)st->st_size;
+    if (S_ISREG(st->st_mode) && __builtin_add_overflow(t->bytes, (uint64_t)st->st_size, &t->bytes))
+        t->bytes = UINT64_MAX;
 }
 
-/* Opens root/path one piece at a time where it is too long for one call; a symlink on the way is an error. */
+/* Opens the directory root/path, as long as it may be; a symlink on the way is an error. */
 static int open_below(int root, char *path) {
     int fd = fcntl(root, F_DUPFD_CLOEXEC, 0);
     while (fd >= 0 && *path) {
@@ -210,8 +233,7 @@ static int open_below(int root, char *path) {
         struct open_how how = {.flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW,
                                .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS};
         int next = (int)syscall(SYS_openat2, fd, path, &how, sizeof how);
-        if (next < 0 && (errno == ENOSYS || errno == EPERM))
-            next = openat(fd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        if (next < 0 && (errno == ENOSYS || errno == EPERM)) next = walk(fd, path, open_child);
 #else
         int next = openat(fd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW_ANY | O_CLOEXEC);
 #endif
@@ -228,6 +250,7 @@ static int open_below(int root, char *path) {
 
 static int read_directory(int root, char *path, struct pending *pending, struct vmette_tree *t) {
     int fd = open_below(root, path);
+    if (fd < 0 && (errno == ENOENT || errno == ENOTDIR || errno == ELOOP)) return 0; /* no directory any more */
     if (fd < 0) return -errno;
     DIR *directory = fdopendir(fd);
     if (directory == NULL) {

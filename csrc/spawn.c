@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
@@ -15,7 +16,7 @@
 #include <sys/syscall.h>
 #endif
 
-enum { MAX_FDS = 64 };
+enum { MAX_FDS = 64, MAX_TARGET = 1023 };
 
 static void close_from(int first) {
 #ifdef SYS_close_range
@@ -26,9 +27,15 @@ static void close_from(int first) {
     for (int fd = first; fd < limit; fd++) close(fd);
 }
 
-/* The child's half: async-signal-safe calls only. Leaves errno set when it returns. */
+static bool is_among(int fd, const int *fds, int count) {
+    for (int i = 0; i < count; i++)
+        if (fds[i] == fd) return true;
+    return false;
+}
+
+/* The child's half: async-signal-safe calls only. When it returns, errno says why, and `*report` is where to. */
 static void become(pid_t parent, const char *path, char *const argv[], char *const envp[], const int *fds,
-                   const int *targets, int count, int report) {
+                   const int *targets, int count, int *report) {
     int high[MAX_FDS], top = 2;
     setsid();
     for (int i = 0; i < count; i++)
@@ -36,12 +43,17 @@ static void become(pid_t parent, const char *path, char *const argv[], char *con
     /* Two steps, so that a target never overwrites a source that is still wanted. */
     for (int i = 0; i < count; i++)
         if ((high[i] = fcntl(fds[i], F_DUPFD, top + 2)) < 0) return;
-    if ((report = fcntl(report, F_DUPFD, top + 2)) < 0) return;
+    int moved = fcntl(*report, F_DUPFD, top + 2);
+    if (moved < 0) return;
+    *report = moved; /* the old number may be a target */
     for (int i = 0; i < count; i++)
         if (dup2(high[i], targets[i]) < 0) return;
-    if (dup2(report, top + 1) < 0) return;
+    if (dup2(*report, top + 1) < 0) return;
+    *report = top + 1;
+    for (int fd = 3; fd <= top; fd++)
+        if (!is_among(fd, targets, count)) close(fd);
     close_from(top + 2);
-    fcntl(top + 1, F_SETFD, FD_CLOEXEC);
+    fcntl(*report, F_SETFD, FD_CLOEXEC);
     struct sigaction plain;
     memset(&plain, 0, sizeof plain);
     plain.sa_handler = SIG_DFL;
@@ -58,25 +70,33 @@ static void become(pid_t parent, const char *path, char *const argv[], char *con
         return;
     }
     execve(path, argv, envp);
-    int error = errno;
-    (void)!write(top + 1, &error, sizeof error);
-    _exit(127);
+}
+
+static int open_report(int report[2]) {
+#ifdef __linux__
+    return pipe2(report, O_CLOEXEC); /* not even for a moment open to what another thread starts */
+#else
+    if (pipe(report) != 0) return -1;
+    fcntl(report[0], F_SETFD, FD_CLOEXEC);
+    fcntl(report[1], F_SETFD, FD_CLOEXEC);
+    return 0;
+#endif
 }
 
 int vmette_spawn(const char *path, char *const argv[], char *const envp[], const int *fds, const int *targets,
                  int count) {
     int report[2], error = 0;
     if (count < 0 || count > MAX_FDS) return -EINVAL;
-    if (pipe(report) != 0) return -errno;
-    fcntl(report[0], F_SETFD, FD_CLOEXEC);
-    fcntl(report[1], F_SETFD, FD_CLOEXEC);
+    for (int i = 0; i < count; i++)
+        if (targets[i] < 0 || targets[i] > MAX_TARGET) return -EBADF;
+    if (open_report(report) != 0) return -errno;
     pid_t parent = getpid();
     sigset_t all, before;
     sigfillset(&all); /* no handler of this process may run in the child */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pid_t pid = fork();
     if (pid == 0) {
-        become(parent, path, argv, envp, fds, targets, count, report[1]);
+        become(parent, path, argv, envp, fds, targets, count, &report[1]);
         error = errno;
         (void)!write(report[1], &error, sizeof error);
         _exit(127);
@@ -89,7 +109,8 @@ int vmette_spawn(const char *path, char *const argv[], char *const envp[], const
         do n = read(report[0], &error, sizeof error);
         while (n < 0 && errno == EINTR);
         if (n == 0) error = 0;
-        if (error != 0) waitpid(pid, NULL, 0);
+        if (error != 0)
+            while (waitpid(pid, NULL, 0) < 0 && errno == EINTR) continue;
     }
     close(report[0]);
     return error != 0 ? -error : (int)pid;

@@ -8,10 +8,12 @@ from __future__ import annotations
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+
+from .artifacts import artifact, scratch
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "guest"
 PROGRAM = ("init.c", "agent.c")
@@ -53,16 +55,22 @@ def compile_init(arch: str, output: Path) -> None:
     subprocess.run([*command, *sources, "-o", str(output)], check=True)
 
 
-def build(arch: str) -> bytes:
-    """Compiles the guest's program and packs it."""
-    with tempfile.TemporaryDirectory(prefix="vmette-init-") as directory:
-        program = Path(directory) / "init"
+def build(arch: str) -> Path:
+    """The initramfs for `arch`, built unless it is in the cache."""
+    made_of = [SOURCES / name for name in (*PROGRAM, *HEADERS)] + [Path(__file__)]
+    facts = {path.name: path.read_text() for path in made_of} | {"arch": arch, "compiler": version("ziglang")}
+    return artifact("initramfs.cpio", facts, lambda output: _build(arch, output))
+
+
+def _build(arch: str, output: Path) -> None:
+    with scratch(output) as directory:
+        program = directory / "init"
         compile_init(arch, program)
+        print(f"init for {arch}: {program.stat().st_size:,} bytes", file=sys.stderr)
         init = program.read_bytes()
-    return newc(
-        [
-            Entry("dev", stat.S_IFDIR | 0o755),
-            Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
-            Entry("init", stat.S_IFREG | 0o755, init),
-        ]
-    )
+    entries = [
+        Entry("dev", stat.S_IFDIR | 0o755),
+        Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
+        Entry("init", stat.S_IFREG | 0o755, init),
+    ]
+    output.write_bytes(newc(entries))

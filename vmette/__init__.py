@@ -1,0 +1,64 @@
+r"""Run untrusted code in a hardware-isolated Linux microVM.
+
+>>> import vmette
+>>> vmette.run("builtin://base", ["uname", "-s"], text=True).stdout
+'Linux\n'
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .api import CompletedProcess, run
+    from .config import Share
+    from .errors import (
+        CalledProcessError,
+        CommandNotStarted,
+        ConfigError,
+        GuestError,
+        OutputTooLarge,
+        PayloadError,
+        ProtocolError,
+        TimeoutExpired,
+        VmetteError,
+        VmmError,
+    )
+    from .timings import Timing
+
+_HOMES = {"CompletedProcess": "api", "Share": "config", "Timing": "timings", "run": "api"}
+
+__all__ = [
+    "CalledProcessError",
+    "CommandNotStarted",
+    "CompletedProcess",
+    "ConfigError",
+    "GuestError",
+    "OutputTooLarge",
+    "PayloadError",
+    "ProtocolError",
+    "Share",
+    "TimeoutExpired",
+    "Timing",
+    "VmetteError",
+    "VmmError",
+    "__version__",
+    "run",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Names are fetched when they are first used (PEP 562): `import vmette` does no work.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -35,16 +35,30 @@ def canonical_arch(name: str) -> str:
 
 
 def cache_root() -> Path:
-    """$VMETTE_CACHE_DIR, or `vmette` in the user's cache directory. Not made here."""
+    """$VMETTE_CACHE_DIR, or `vmette` in the user's cache directory. Not made here.
+
+    Raises:
+        ConfigError: this user has no home directory.
+    """
     if explicit := os.environ.get("VMETTE_CACHE_DIR"):
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmette"
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if xdg.is_absolute():  # the XDG specification has a relative one ignored
+        return xdg / "vmette"
+    try:
+        return Path.home() / ".cache" / "vmette"
+    except RuntimeError:
+        raise ConfigError("this user has no home directory; set VMETTE_CACHE_DIR") from None
 
 
 def _payload(arch: str, name: str) -> Path:
     root = os.environ.get("VMETTE_ASSETS_DIR")
     path = (Path(root) if root else Path(__file__).parent / "_payload") / arch / name
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # before Python 3.14: a directory on the way is not ours to search
+        raise PayloadError(f"cannot read {path}: {error.strerror}") from error
+    if not there:
         raise PayloadError(
             f"{path} is missing: run `make payload` in a checkout, or set VMETTE_ASSETS_DIR to a directory that has it"
         )

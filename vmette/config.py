@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,19 +44,24 @@ class Share:
             raise ConfigError(f"share tag {self.tag!r} is too long: at most {TAG_BYTES} characters")
         if self.tag == ROOT_TAG or self.tag.startswith("vmette"):
             raise ConfigError(f"share tag {self.tag!r} is reserved; choose another name")
-        if not self.path.is_dir():
-            problem = "is not a directory" if self.path.exists() else "does not exist"
-            raise ConfigError(f"share {self.tag}: {self.path} {problem}")
+        try:
+            is_directory = stat.S_ISDIR(self.path.stat().st_mode)
+        except FileNotFoundError:
+            raise ConfigError(f"share {self.tag}: {self.path} does not exist") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in it
+            raise ConfigError(f"share {self.tag}: {self.path}: {getattr(error, 'strerror', None) or error}") from error
+        if not is_directory:
+            raise ConfigError(f"share {self.tag}: {self.path} is not a directory")
 
     @classmethod
     def parse(cls, text: str) -> Share:
         """Reads `TAG=PATH[:ro]` as the command line has it (`:rw`, the default, may be said too)."""
-        tag, equals, path = text.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"share {text!r} is malformed: it is TAG=PATH or TAG=PATH:ro")
+        tag, _, path = text.partition("=")
         read_only = path.endswith(":ro")
         if read_only or path.endswith(":rw"):
             path = path[:-3]
+        if not path:  # which Path would take for "."
+            raise ConfigError(f"share {text!r} is malformed: it is TAG=PATH or TAG=PATH:ro")
         return cls(tag, Path(path), read_only)
 
 
@@ -119,10 +125,14 @@ class MachineConfig:
 
 def _read_start(path: Path, what: str) -> bytes:
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a FIFO would be to wait
+            raise PayloadError(f"cannot read the {what} {path}: it is no regular file")
         with path.open("rb") as file:
             return file.read(1024)
-    except OSError as error:
-        raise PayloadError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise PayloadError(f"cannot read the {what} {path}: {reason}") from error
 
 
 def _check_kernel(path: Path, arch: str) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "CommandNotStarted",
     "ConfigError",
     "GuestError",
+    "OutputTooLarge",
     "PayloadError",
     "ProtocolError",
     "TimeoutExpired",
@@ -30,6 +31,8 @@ class VmetteError(Exception):
 class ConfigError(VmetteError):
     """A value that the caller gave cannot be used."""
 
+    exit_code = 2
+
 
 class PayloadError(VmetteError):
     """The guest kernel, the initramfs or the built-in root filesystem is missing or unusable."""
@@ -40,7 +43,18 @@ class VmmError(VmetteError):
 
 
 class GuestError(VmetteError):
-    """The guest could not set itself up: a root filesystem or share that does not mount, a kernel that stops."""
+    """The guest could not set itself up, or stopped: a root that does not mount, a kernel that panics.
+
+    ``console`` holds the last lines of the guest's console.
+    """
+
+    def __init__(self, message: str, console: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.console = console
+
+
+class OutputTooLarge(VmetteError):
+    """The command wrote more than the caller is willing to hold; the VM has been ended."""
 
 
 class ProtocolError(VmetteError):

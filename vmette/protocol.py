@@ -24,6 +24,7 @@ WINDOW = 262144
 """Bytes that may be in flight on one channel of one stream."""
 
 KERNEL_TEXT_LIMIT = 256
+MAX_ERRNO = 4095
 
 
 class FrameType(IntEnum):
@@ -234,10 +235,11 @@ class Connection:
 
     def send_stdin(self, stream: int, data: bytes) -> None:
         """Sends `data`, at most :meth:`stdin_room` bytes."""
-        state = self._streams[stream]
-        if len(data) > state.stdin:
+        if len(data) > self.stdin_room(stream):
             raise ValueError("more bytes than the window has room for")
-        state.stdin -= len(data)
+        if not data:
+            return
+        self._streams[stream].stdin -= len(data)
         view = memoryview(data)
         for at in range(0, len(data), MAX_DATA):
             self._send(FrameType.STDIN, stream, view[at : at + MAX_DATA])
@@ -297,8 +299,8 @@ class Connection:
     def _take(self, kind: FrameType, stream: int, payload: bytes) -> Event | None:
         if kind is FrameType.HELLO:
             return self._take_hello(stream, payload)
-        if kind is FrameType.ERROR:
-            return self._take_error(stream, payload)
+        if kind is FrameType.ERROR and stream == 0:  # a guest that cannot set itself up says so instead of hello
+            return _decode_error(stream, payload)
         if not self._greeted:
             raise ProtocolError("the guest did not say hello")
         state = self._streams.get(stream)
@@ -306,6 +308,9 @@ class Connection:
             raise ProtocolError(f"the guest sent a frame for command {stream}, which is not running")
         if kind is FrameType.WINDOW:
             return self._take_window(stream, state, payload)
+        if kind is FrameType.ERROR:
+            del self._streams[stream]
+            return _decode_error(stream, payload)
         if kind is FrameType.EXIT:
             del self._streams[stream]
             return _decode_exit(stream, payload)
@@ -334,19 +339,6 @@ class Connection:
         self._greeted = True
         return Hello(kernel, tuple(milestones))
 
-    def _take_error(self, stream: int, payload: bytes) -> Failure:
-        errno, stage, text = 0, "", ""
-        for tag, value in decode_record(payload):
-            if tag == Tag.ERRNO:
-                errno = _u32(value)
-            elif tag == Tag.STAGE:
-                stage = _text(value)
-            elif tag == Tag.TEXT:
-                text = _text(value)
-        if stream != 0 and self._streams.pop(stream, None) is None:
-            raise ProtocolError(f"the guest sent an error for command {stream}, which is not running")
-        return Failure(stream, errno, stage, text)
-
     def _take_window(self, stream: int, state: _Stream, payload: bytes) -> Writable:
         if len(payload) != CREDIT.size:
             raise ProtocolError("the guest sent a window of the wrong size")
@@ -357,6 +349,20 @@ class Connection:
         return Writable(stream)
 
 
+def _decode_error(stream: int, payload: bytes) -> Failure:
+    errno, stage, text = 0, "", ""
+    for tag, value in decode_record(payload):
+        if tag == Tag.ERRNO:
+            errno = _u32(value)
+        elif tag == Tag.STAGE:
+            stage = _text(value)
+        elif tag == Tag.TEXT:
+            text = _text(value)
+    if errno > MAX_ERRNO:  # os.strerror takes no number that is larger than a C int
+        raise ProtocolError("the guest sent an error without a sound number")
+    return Failure(stream, errno, stage, text)
+
+
 def _decode_exit(stream: int, payload: bytes) -> Exited:
     code = signal = None
     for tag, value in decode_record(payload):
@@ -364,6 +370,7 @@ def _decode_exit(stream: int, payload: bytes) -> Exited:
             code = _u32(value)
         elif tag == Tag.SIGNAL:
             signal = _u32(value)
-    if (code is None) == (signal is None) or (code or 0) > 255 or not 1 <= (signal or 1) <= 64:
+    sound = code <= 255 and signal is None if code is not None else signal is not None and 1 <= signal <= 64
+    if not sound:
         raise ProtocolError("the guest sent an exit without one sound code or signal")
     return Exited(stream, code, signal)

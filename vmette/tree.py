@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ def copy_into(root: str | os.PathLike[str], relative: str, source: str | os.Path
     """
     from ._native import lib
 
-    result = lib.vmette_copy_into(os.fsencode(root), os.fsencode(relative), os.fsencode(source), mode)
+    result = lib.vmette_copy_into(_encoded(root), _encoded(relative), _encoded(source), mode)
     if result < 0:
         raise OSError(-result, os.strerror(-result), os.path.join(os.fspath(root), relative))  # noqa: PTH118
     return bool(result)
@@ -49,7 +50,14 @@ def stat_tree(root: str | os.PathLike[str]) -> TreeStat:
     from ._native import ffi, lib
 
     result = ffi.new("struct vmette_tree *")
-    error = lib.vmette_stat_tree(os.fsencode(root), result)
+    error = lib.vmette_stat_tree(_encoded(root), result)
     if error < 0:
         raise OSError(-error, os.strerror(-error), os.fspath(root))
     return TreeStat(result.entries, result.bytes, result.newest)
+
+
+def _encoded(path: str | os.PathLike[str]) -> bytes:
+    encoded = os.fsencode(path)
+    if b"\0" in encoded:  # C would take what is before it for the whole
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), os.fspath(path))
+    return encoded

@@ -79,6 +79,8 @@ class Context:
     offline: bool = False
     guest_helpers_dir: Path | None = None
     """Where `vsock-send` and `vsock-runner` for the guest lie."""
+    arch: str | None = None
+    """The guest's architecture; None is the host's."""
 
     def provider_cache(self, name: str) -> Path:
         """The provider's own directory below `cache_root`, made if it is missing.

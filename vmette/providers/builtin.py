@@ -16,7 +16,7 @@ class BuiltinProvider:
         """Whether `spec` has the scheme."""
         return spec.startswith(SCHEME)
 
-    def provide(self, spec: str, context: Context) -> Artifact:  # noqa: ARG002
+    def provide(self, spec: str, context: Context) -> Artifact:
         """The image that came with vmette.
 
         Raises:
@@ -27,4 +27,4 @@ class BuiltinProvider:
             raise InvalidSpec(f"{spec}: the built-in root filesystems are: {SCHEME}base")
         from ..assets import base_image
 
-        return BlockImage(base_image(), BlockFs.SQUASHFS)
+        return BlockImage(base_image(context.arch), BlockFs.SQUASHFS)

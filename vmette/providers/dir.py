@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from .base import Artifact, Context, Directory, InvalidSpec
@@ -39,9 +40,9 @@ class DirProvider:
         else:
             path = Path(spec)
         try:
-            path.stat()
+            mode = path.stat().st_mode
         except (OSError, ValueError) as error:
             raise InvalidSpec(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-        if not path.is_dir():
+        if not stat.S_ISDIR(mode):
             raise InvalidSpec(f"{path} is not a directory")
         return Directory(path)

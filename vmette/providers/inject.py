@@ -25,10 +25,10 @@ def inject_guest_helpers(rootfs: Path, src_bin_dir: Path) -> None:
     """
     for helper in HELPERS:
         source = Path(src_bin_dir) / helper
-        if not source.exists():
-            logger.warning("guest helper %s is missing, left out", source)
-            continue
         try:
+            if not source.exists():
+                logger.warning("guest helper %s is missing, left out", source)
+                continue
             copy_into(rootfs, f"{TARGET}/{helper}", source, 0o755)
         except OSError as error:
             if error.errno == errno.ELOOP:

@@ -32,7 +32,7 @@ class Registry:
         """A registry with `provider` after those of this one."""
         return Registry((*self._providers, provider), self._more)
 
-    def _all(self) -> Iterator[RootfsProvider]:
+    def __iter__(self) -> Iterator[RootfsProvider]:
         yield from self._providers
         if self._loaded is None:
             self._loaded = tuple(self._more()) if self._more is not None else ()
@@ -45,7 +45,7 @@ class Registry:
             InvalidSpec: none claims it.
             ProviderError: the one that does cannot resolve it.
         """
-        for provider in self._all():
+        for provider in self:
             if provider.matches(spec):
                 return provider.provide(spec, context)
         quoted = json.dumps(spec, ensure_ascii=False)
@@ -54,10 +54,10 @@ class Registry:
     @property
     def names(self) -> list[str]:
         """The providers' names in order."""
-        return [provider.name for provider in self._all()]
+        return [provider.name for provider in self]
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._all())
+        return sum(1 for _ in self)
 
 
 def _installed() -> Iterator[RootfsProvider]:
@@ -67,10 +67,11 @@ def _installed() -> Iterator[RootfsProvider]:
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         try:
             provider = entry.load()()
+            known = isinstance(provider, RootfsProvider)  # may run a property of theirs
         except Exception as error:  # whatever another's package raises
             logger.warning("provider %s (%s) does not load: %s", entry.name, entry.value, error)
             continue
-        if isinstance(provider, RootfsProvider):
+        if known:
             yield provider
         else:
             logger.warning(

@@ -27,7 +27,8 @@ def remembered(question: str, facts: Mapping[str, str], ask: Callable[[], bool])
     key = hashlib.sha256(json.dumps([question, dict(facts)], sort_keys=True).encode()).hexdigest()
     path = assets.cache_root() / "probes" / f"{question}-{key[:32]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return bool(json.loads(path.read_text())["answer"])
+        if isinstance(known := json.loads(path.read_text())["answer"], bool):
+            return known
     answer = ask()
     try:
         _write(path, json.dumps({"answer": answer, "facts": dict(facts)}, indent=1))

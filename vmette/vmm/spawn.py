@@ -32,7 +32,7 @@ class Child:
 
     def kill(self) -> None:
         """Ends the child now and waits until it is gone."""
-        if self.status is None:
+        if not self.poll():  # one that is gone, or not ours after a fork, may have lent its number to another process
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             self.poll(wait=True)
@@ -41,11 +41,15 @@ class Child:
 def spawn(argv: Sequence[str], fds: Mapping[int, int], env: Mapping[str, str]) -> Child:
     """Starts `argv` (a path first) with descriptor `fds[n]` as its `n`, nothing else open, in a session of its own.
 
+    stdin, stdout and stderr that `fds` does not name are those of this process.
+
     Raises:
         VmmError: it cannot be started.
     """
     from .._native import ffi, lib
 
+    if any("\0" in text for text in (*argv, *env, *env.values())):  # C would take what is before it for the whole
+        raise VmmError(f"cannot start {argv[0]!r}: NUL in an argument or the environment")
     strings = [ffi.new("char[]", os.fsencode(arg)) for arg in argv]
     entries = [ffi.new("char[]", os.fsencode(f"{name}={value}")) for name, value in env.items()]
     arguments = ffi.new("char *[]", [*strings, ffi.NULL])
@@ -66,7 +70,6 @@ class _Spawner:
     def __init__(self) -> None:
         import queue
 
-        self.pid = os.getpid()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="vmette-spawner", daemon=True).start()
 
@@ -76,15 +79,21 @@ class _Spawner:
 
     def call(self, function: Callable[[], int]) -> int:
         done = threading.Event()
-        results: list[int] = []
+        results: list[int | BaseException] = []
 
         def task() -> None:
-            results.append(function())
+            try:
+                results.append(function())
+            except BaseException as error:  # the thread has to go on, and the caller to hear of it
+                results.append(error)
             done.set()
 
         self._tasks.put(task)
         done.wait()
-        return results[0]
+        (result,) = results
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
 
 _spawner: _Spawner | None = None
@@ -96,7 +105,16 @@ def _in_lasting_thread(function: Callable[[], int]) -> int:
     if threading.current_thread() is threading.main_thread():
         return function()
     with _spawner_lock:
-        if _spawner is None or _spawner.pid != os.getpid():  # a fork takes no threads along
+        if _spawner is None:
             _spawner = _Spawner()
         spawner = _spawner
     return spawner.call(function)
+
+
+def _forget() -> None:
+    """After a fork: it takes no threads along, and the lock as it was, perhaps held by one of them."""
+    global _spawner, _spawner_lock
+    _spawner, _spawner_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)

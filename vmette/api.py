@@ -1,0 +1,254 @@
+"""Running one command in a microVM, from Python: the shape of :mod:`subprocess`."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
+
+from .config import MachineConfig, Share
+from .errors import CalledProcessError, ConfigError, TimeoutExpired
+from .protocol import Exec, Exited
+from .providers.base import Context
+from .sandbox import Sandbox, SandboxTimeout
+from .streams import Buffer, BytesSource, Sink, Source
+from .timings import Stopwatch, Timing
+
+if TYPE_CHECKING:
+    from .providers.registry import Registry
+
+MAX_OUTPUT = 256 << 20
+
+Text = TypeVar("Text", bytes, str)
+
+
+@dataclass(frozen=True)
+class CompletedProcess(Generic[Text]):
+    """A command that has ended, as :class:`subprocess.CompletedProcess` has it."""
+
+    args: tuple[str, ...]
+    returncode: int
+    """The exit status, or minus the number of the signal that ended the command."""
+    stdout: Text
+    stderr: Text
+    timings: tuple[Timing, ...] = field(default=(), compare=False)
+    """The milestones of the run, in seconds since its start."""
+
+    def check_returncode(self) -> None:
+        """Does nothing if the command succeeded.
+
+        Raises:
+            CalledProcessError: its status is not 0.
+        """
+        if self.returncode:
+            raise CalledProcessError(self.returncode, self.args, self.stdout, self.stderr)
+
+
+def command(
+    argv: Sequence[str], env: Mapping[str, str] | None = None, cwd: str | None = None, user: str | None = None
+) -> Exec:
+    """The request for `argv`, checked.
+
+    Raises:
+        ConfigError: it cannot be asked for.
+    """
+    entries = tuple(f"{name}={value}" for name, value in (env or {}).items())
+    for name in env or {}:
+        if not name or "=" in name:
+            raise ConfigError(f"environment variable {name!r}: a name is not empty and has no '='")
+    if isinstance(argv, str) or not argv or not argv[0]:
+        raise ConfigError("there is no command to run; give a program and its arguments")
+    if cwd is not None and not cwd.startswith("/"):
+        raise ConfigError(f"working directory {cwd!r} is no absolute path of the guest")
+    if any("\0" in text for text in (*argv, *entries, cwd or "", user or "")):
+        raise ConfigError("the command, its environment, directory or user has a NUL byte")
+    return Exec(
+        tuple(map(os.fsencode, argv)),
+        tuple(map(os.fsencode, entries)),
+        None if cwd is None else os.fsencode(cwd),
+        None if user is None else user.encode(),
+    )
+
+
+def execute(
+    config: MachineConfig,
+    request: Exec,
+    stdin: Source,
+    stdout: Sink,
+    stderr: Sink,
+    *,
+    stopwatch: Stopwatch,
+    timeout: float | None = None,
+    debug: Callable[[str], None] | None = None,
+) -> Exited:
+    """Boots a VM of `config`, runs `request` in it, and ends it.
+
+    Raises:
+        SandboxTimeout: `timeout` seconds have passed.
+        VmetteError: see :meth:`vmette.sandbox.Sandbox.run`.
+    """
+    if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
+        raise ConfigError(f"a time-out of {timeout} seconds cannot be kept")
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with Sandbox(config, stopwatch, deadline=deadline, debug=debug) as sandbox:
+        exited = sandbox.run(request, stdin, stdout, stderr)
+        sandbox.finish()
+    return exited
+
+
+@overload
+def run(
+    rootfs: str | os.PathLike[str],
+    argv: Sequence[str],
+    *,
+    text: Literal[False] = ...,
+    env: Mapping[str, str] | None = ...,
+    cwd: str | None = ...,
+    user: str | None = ...,
+    input: bytes | None = ...,
+    timeout: float | None = ...,
+    check: bool = ...,
+    shares: Iterable[Share] = ...,
+    vcpus: int = ...,
+    mem_mib: int = ...,
+    rootfs_ro: bool = ...,
+    offline: bool = ...,
+    kernel: str | os.PathLike[str] | None = ...,
+    initramfs: str | os.PathLike[str] | None = ...,
+    cmdline: str = ...,
+    arch: str | None = ...,
+    accel: str = ...,
+    max_output: int = ...,
+    registry: Registry | None = ...,
+) -> CompletedProcess[bytes]: ...
+
+
+@overload
+def run(
+    rootfs: str | os.PathLike[str],
+    argv: Sequence[str],
+    *,
+    text: Literal[True],
+    env: Mapping[str, str] | None = ...,
+    cwd: str | None = ...,
+    user: str | None = ...,
+    input: str | None = ...,
+    timeout: float | None = ...,
+    check: bool = ...,
+    shares: Iterable[Share] = ...,
+    vcpus: int = ...,
+    mem_mib: int = ...,
+    rootfs_ro: bool = ...,
+    offline: bool = ...,
+    kernel: str | os.PathLike[str] | None = ...,
+    initramfs: str | os.PathLike[str] | None = ...,
+    cmdline: str = ...,
+    arch: str | None = ...,
+    accel: str = ...,
+    max_output: int = ...,
+    registry: Registry | None = ...,
+) -> CompletedProcess[str]: ...
+
+
+def run(
+    rootfs: str | os.PathLike[str],
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    user: str | None = None,
+    input: bytes | str | None = None,  # noqa: A002 (the name that subprocess.run has)
+    timeout: float | None = None,
+    check: bool = False,
+    text: bool = False,
+    shares: Iterable[Share] = (),
+    vcpus: int = 1,
+    mem_mib: int = 512,
+    rootfs_ro: bool = False,
+    offline: bool = False,
+    kernel: str | os.PathLike[str] | None = None,
+    initramfs: str | os.PathLike[str] | None = None,
+    cmdline: str = "",
+    arch: str | None = None,
+    accel: str = "auto",
+    max_output: int = MAX_OUTPUT,
+    registry: Registry | None = None,
+) -> CompletedProcess[bytes] | CompletedProcess[str]:
+    """Runs `argv` in a fresh microVM whose root filesystem is `rootfs`, and returns what it wrote.
+
+    Args:
+        rootfs: A spec that a provider claims: a directory, `builtin://base`, ….
+        argv: The program, looked up in the guest's PATH, and its arguments. There is no shell in between.
+        env: The command's environment; PATH and HOME are added where they are missing. Nothing of the host's.
+        cwd: An absolute path of the guest; `/` by default.
+        user: `user[:group]`, names of the guest or numbers; root by default.
+        input: The command's stdin, which is empty otherwise.
+        timeout: Seconds for the whole run, boot included, once the root filesystem is at hand.
+        check: Raise if the status is not 0.
+        text: `input`, `stdout` and `stderr` are text in UTF-8 (undecodable bytes become U+FFFD), not bytes.
+        shares: Directories of the host at /mnt/TAG.
+        vcpus: Virtual processors.
+        mem_mib: Memory in MiB.
+        rootfs_ro: The root filesystem cannot be written to. (What is written otherwise goes with the VM.)
+        offline: Providers use what their caches hold and no network.
+        kernel: Another kernel.
+        initramfs: Another initramfs.
+        cmdline: More kernel parameters.
+        arch: `x86_64` or `aarch64`; the host's by default.
+        accel: `auto`, `kvm` or `tcg`.
+        max_output: The most bytes of each of stdout and stderr that are taken.
+        registry: Other providers than the default ones.
+
+    Raises:
+        CalledProcessError: `check` is set and the status is not 0.
+        TimeoutExpired: the time is over. It carries the output so far.
+        OutputTooLarge: there is more output than `max_output`.
+        CommandNotStarted: there is no such command, or it cannot be executed.
+        ConfigError, ProviderError, PayloadError, VmmError, GuestError, ProtocolError: the run failed.
+    """
+    from . import assets
+    from .providers.registry import default_registry
+
+    stopwatch = Stopwatch()
+    request = command(argv, env, cwd, user)
+    arch = assets.canonical_arch(arch) if arch else assets.host_arch()
+    context = Context(assets.cache_root(), offline, arch=arch)
+    config = MachineConfig(
+        (registry or default_registry()).resolve(os.fspath(rootfs), context),
+        shares=tuple(shares),
+        vcpus=vcpus,
+        mem_mib=mem_mib,
+        root_read_only=rootfs_ro,
+        kernel=None if kernel is None else Path(kernel),
+        initramfs=None if initramfs is None else Path(initramfs),
+        cmdline=cmdline,
+        arch=arch,
+        accel=accel,
+    )
+    stopwatch.reached("rootfs")
+    stdout, stderr = Buffer(max_output), Buffer(max_output)
+    stdin = BytesSource(input.encode() if isinstance(input, str) else input or b"")
+    try:
+        exited = execute(config, request, stdin, stdout, stderr, stopwatch=stopwatch, timeout=timeout)
+    except SandboxTimeout:
+        assert timeout is not None
+        output = [_text(b.data) if text else bytes(b.data) for b in (stdout, stderr)]
+        raise TimeoutExpired(argv, timeout, *output) from None
+    status = -exited.signal if exited.signal is not None else exited.code or 0
+    completed: CompletedProcess[bytes] | CompletedProcess[str]
+    if text:
+        output_text = _text(stdout.data), _text(stderr.data)
+        completed = CompletedProcess(tuple(argv), status, *output_text, stopwatch.timings)
+    else:
+        completed = CompletedProcess(tuple(argv), status, bytes(stdout.data), bytes(stderr.data), stopwatch.timings)
+    if check:
+        completed.check_returncode()
+    return completed
+
+
+def _text(data: bytearray) -> str:
+    return data.decode(errors="replace")

@@ -1,0 +1,174 @@
+"""`vmette run`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import click
+
+from .. import assets
+from ..api import command as request_for
+from ..api import execute
+from ..config import ACCELERATORS, MachineConfig, Share
+from ..errors import ConfigError, TimeoutExpired
+from ..providers.base import Context
+from ..providers.registry import default_registry
+from ..sandbox import SandboxTimeout
+from ..streams import FdSink, FdSource
+from ..timings import Stopwatch
+from . import complain
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--rootfs", "rootfs_option", metavar="SPEC", help="The root filesystem, in place of ROOTFS.")
+@click.option("--exec", "shell_line", metavar="LINE", help="Run LINE with the guest's /bin/sh, in place of COMMAND.")
+@click.option("-e", "--env", "env", metavar="K=V", multiple=True, help="Set an environment variable. Repeatable.")
+@click.option("-w", "--workdir", metavar="DIR", help="Run in DIR, an absolute path of the guest.  [default: /]")
+@click.option(
+    "-u", "--user", metavar="USER[:GROUP]", help="Run as USER, a name of the guest or a number.  [default: root]"
+)
+@click.option(
+    "--share",
+    "shares",
+    metavar="TAG=PATH[:ro]",
+    multiple=True,
+    help="Share the host's directory PATH at /mnt/TAG; with :ro the guest cannot write to it. Repeatable.",
+)
+@click.option("--vcpus", type=int, default=1, show_default=True, help="Virtual processors.")
+@click.option("--mem-mib", type=int, default=512, show_default=True, help="Memory in MiB.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="End the run after SECONDS (exit code 124); 0: never.")
+@click.option(
+    "--rootfs-ro", is_flag=True, help="Make the root filesystem read-only. Without it, changes go with the VM."
+)
+@click.option("--offline", is_flag=True, help="Use what the cache holds, and no network.")
+@click.option("--kernel", type=click.Path(path_type=Path), help="Boot another kernel.")
+@click.option("--initramfs", type=click.Path(path_type=Path), help="Boot another initramfs.")
+@click.option("--cmdline", default="", metavar="TEXT", help="More kernel parameters.")
+@click.option("--arch", help="The guest's architecture: x86_64 or aarch64.  [default: the host's]")
+@click.option("--accel", type=click.Choice(ACCELERATORS), default="auto", show_default=True, help="Acceleration.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+@click.option("--debug", is_flag=True, help="Show the guest's console and what vmette does, on stderr.")
+@click.option("--timings", is_flag=True, help="Print where the time went, on stderr.")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="ROOTFS [COMMAND]...")
+def command(
+    rootfs_option: str | None,
+    shell_line: str | None,
+    env: tuple[str, ...],
+    workdir: str | None,
+    user: str | None,
+    shares: tuple[str, ...],
+    vcpus: int,
+    mem_mib: int,
+    timeout: float | None,
+    rootfs_ro: bool,
+    offline: bool,
+    kernel: Path | None,
+    initramfs: Path | None,
+    cmdline: str,
+    arch: str | None,
+    accel: str,
+    quiet: bool,
+    debug: bool,
+    timings: bool,
+    words: tuple[str, ...],
+) -> int:
+    r"""Run COMMAND in a fresh microVM whose root filesystem is ROOTFS.
+
+    ROOTFS is builtin://base, or a directory (`vmette providers` lists all kinds). It is never changed: what the
+    command writes is gone with the VM, but for what it writes to a --share.
+
+    stdin, stdout and stderr are the command's own, and so is the exit code: 0 to 255, or 128 and the number of the
+    signal that ended it. 124: time-out, 125: vmette failed, 126: COMMAND cannot be executed, 127: there is none,
+    2: usage.
+
+    \b
+    vmette run builtin://base -- uname -a
+    vmette run --share src=.:ro -w /mnt/src builtin://base -- find .
+    vmette run --timeout 5 --mem-mib 256 --exec 'echo $((6 * 7))' builtin://base
+    """
+    _set_up_logging(quiet=quiet, debug=debug)
+    stopwatch = Stopwatch(_process_start())
+    stopwatch.reached("python")
+    arguments = list(words)
+    rootfs = rootfs_option if rootfs_option is not None else (arguments.pop(0) if arguments else None)
+    if rootfs is None:
+        raise click.UsageError("there is no root filesystem: give ROOTFS, for instance builtin://base")
+    if arguments[:1] == ["--"]:
+        del arguments[0]
+    if shell_line is not None:
+        if arguments:
+            raise click.UsageError("--exec and COMMAND exclude each other")
+        arguments = ["/bin/sh", "-c", shell_line]
+    if not arguments:
+        raise click.UsageError("there is no command to run: give COMMAND, or a line with --exec")
+    request = request_for(arguments, _environment(env), workdir, user)
+    arch = assets.canonical_arch(arch) if arch else assets.host_arch()
+    parsed_shares = tuple(Share.parse(text) for text in shares)
+    artifact = default_registry().resolve(rootfs, Context(assets.cache_root(), offline, arch=arch))
+    config = MachineConfig(
+        artifact,
+        shares=parsed_shares,
+        vcpus=vcpus,
+        mem_mib=mem_mib,
+        root_read_only=rootfs_ro,
+        kernel=kernel,
+        initramfs=initramfs,
+        cmdline=cmdline,
+        arch=arch,
+        accel=accel,
+    )
+    stopwatch.reached("rootfs")
+    try:
+        exited = execute(
+            config,
+            request,
+            FdSource(0),
+            FdSink(1),
+            FdSink(2),
+            stopwatch=stopwatch,
+            timeout=timeout or None,
+            debug=(lambda line: complain(f"[guest] {line}")) if debug else None,
+        )
+    except SandboxTimeout:
+        raise TimeoutExpired(arguments, timeout or 0, None, None) from None
+    finally:
+        if timings:
+            _print_timings(stopwatch)
+    return 128 + exited.signal if exited.signal is not None else exited.code or 0
+
+
+def _environment(entries: tuple[str, ...]) -> dict[str, str]:
+    environment = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"environment entry {entry!r} is malformed: it is NAME=VALUE")
+        environment[name] = value
+    return environment
+
+
+def _set_up_logging(*, quiet: bool, debug: bool) -> None:
+    level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(level=level, format="vmette: %(message)s")
+
+
+def _process_start() -> float | None:
+    """When this process began, as a time of `time.monotonic`; the kernel counts it in hundredths of a second."""
+    try:
+        # proc_pid_stat(5): field 22, counted from the one after the name, which may have spaces and brackets
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
+
+
+def _print_timings(stopwatch: Stopwatch) -> None:
+    before = 0.0
+    complain(f"{'milestone':<16} {'at':>10} {'took':>10}")
+    for timing in stopwatch.timings:
+        complain(f"{timing.name:<16} {timing.seconds * 1000:>7.1f} ms {(timing.seconds - before) * 1000:>7.1f} ms")
+        before = timing.seconds

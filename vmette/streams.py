@@ -1,0 +1,113 @@
+"""Where a command's input comes from and its output goes to, for a loop that must never wait on one of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+from typing import Protocol
+
+from .errors import OutputTooLarge
+
+READ_BYTES = 65536
+
+
+class Source(Protocol):
+    """A command's stdin."""
+
+    @property
+    def fd(self) -> int | None:
+        """The descriptor to be polled before :meth:`read`; None if it never makes one wait."""
+
+    def read(self, size: int) -> bytes:
+        """At least one and at most `size` bytes; none at its end."""
+
+
+class Sink(Protocol):
+    """A command's stdout or stderr."""
+
+    @property
+    def fd(self) -> int | None:
+        """The descriptor to be polled before :meth:`write`; None if it never makes one wait."""
+
+    def write(self, data: memoryview) -> int:
+        """Takes some or all of `data` and says how much.
+
+        Raises:
+            BrokenPipeError: nobody reads it any more.
+        """
+
+
+class BytesSource:
+    """Input from memory."""
+
+    fd = None
+
+    def __init__(self, data: bytes) -> None:
+        self._rest = memoryview(data)
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        piece, self._rest = bytes(self._rest[:size]), self._rest[size:]
+        return piece
+
+
+class FdSource:
+    """Input from a descriptor of this process."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def read(self, size: int) -> bytes:
+        """What is there. One that is closed or cannot be read (a directory) is at its end."""
+        try:
+            return os.read(self.fd, min(size, READ_BYTES))
+        except OSError as error:
+            if error.errno in {errno.EBADF, errno.EISDIR, errno.EIO}:
+                return b""
+            raise
+
+
+class Buffer:
+    """Output into memory, at most `limit` bytes of it.
+
+    Raises, when it is written to:
+        OutputTooLarge: there would be more.
+    """
+
+    fd = None
+
+    def __init__(self, limit: int) -> None:
+        self.data = bytearray()
+        self._limit = limit
+
+    def write(self, data: memoryview) -> int:
+        """Takes all of it."""
+        if len(self.data) + len(data) > self._limit:
+            raise OutputTooLarge(
+                f"the command wrote more than {self._limit} bytes: raise max_output, or have it write to a share"
+            )
+        self.data += data
+        return len(data)
+
+
+class FdSink:
+    """Output to a descriptor of this process, which may be shared with others and so stays as it is: blocking."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        # A pipe or terminal that polls writable has room for this much (POSIX) and takes it without a wait.
+        self._piece = select.PIPE_BUF
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                self._piece = 1 << 20
+        except OSError:
+            pass  # it is closed: write will say so
+
+    def write(self, data: memoryview) -> int:
+        """Takes as much as does not make one wait."""
+        try:
+            return os.write(self.fd, data[: self._piece])
+        except BlockingIOError:  # somebody else made it non-blocking, and filled it
+            return 0
