@@ -66,5 +66,5 @@ def _foreign_package(arch: str, directory: Path) -> Path:
     """The same package for another architecture, unpacked."""
     debian = {"x86_64": "amd64", "aarch64": "arm64"}[arch]
     command = ["mmdebstrap", "--variant=extract", f"--architectures={debian}", f"--include={PACKAGE}", "--quiet"]
-    subprocess.run([*command, "", directory], check=True)
+    subprocess.run([*command, platform.freedesktop_os_release()["VERSION_CODENAME"], directory], check=True)
     return directory

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BOOT_SECONDS = 120.0
 """A guest that has not said hello by then never will, however busy this host is."""
 SHUTDOWN_SECONDS = 5.0
+CRIPPLED_SECONDS = 1.0
+"""A VM that ends takes its file servers along; if it has not ended by then, a file server went alone."""
 CONSOLE_BYTES = 16384
 """How much of the end of the console is kept."""
 LAST_WORDS = 20
@@ -93,6 +95,8 @@ class Sandbox:
         self._vmm_said = Console()
         self._connection = Connection()
         self._hello = False
+        self._crippled: float | None = None
+        """When a program that serves the VM has ended."""
         self._writes_to_host = any(not share.read_only for share in config.shares)
         stopwatch.reached("vmm")
         self._started = time.monotonic()
@@ -194,6 +198,9 @@ class Sandbox:
         _want(wanted, machine.console.fileno(), READABLE)
         if machine.errors >= 0:
             _want(wanted, machine.errors, READABLE)
+        if self._crippled is None:
+            for fd in machine.ends:
+                _want(wanted, fd, READABLE)
         for fd in self._watched.keys() - wanted.keys():
             self._poll.unregister(fd)
         for fd, mask in wanted.items():
@@ -201,6 +208,8 @@ class Sandbox:
                 self._poll.register(fd, mask)
         self._watched = wanted
         self._ready = dict(self._poll.poll(self._patience() if wait else 0))
+        if self._crippled is None and any(fd in self._ready for fd in machine.ends):
+            self._crippled = time.monotonic()
         if machine.console.fileno() in self._ready:
             self._console.feed(_drain(machine.console.fileno()) or b"")
         if machine.errors in self._ready and (text := _drain(machine.errors)) is not None:
@@ -243,12 +252,18 @@ class Sandbox:
 
         Raises:
             GuestError: the guest has taken too long to boot.
+            VmmError: a program that serves the VM has ended.
             SandboxTimeout: the deadline has passed.
         """
         now = time.monotonic()
         if self._deadline is not None and now >= self._deadline:
             raise SandboxTimeout
         until = [] if self._deadline is None else [self._deadline]
+        if self._crippled is not None:
+            until.append(self._crippled + CRIPPLED_SECONDS)
+            if now >= until[-1]:
+                said = self._vmm_said.last_words
+                raise VmmError("virtiofsd has ended before the VM did" + (f": {said[-1]}" if said else ""))
         if not self._hello:
             until.append(self._started + BOOT_SECONDS)
             if now >= until[-1]:
@@ -275,7 +290,7 @@ class Sandbox:
         while data := _drain(machine.errors):
             self._vmm_said.feed(data)
         words = self._console.last_words
-        said = self._vmm_said.last_words
+        said = [line for line in self._vmm_said.last_words if line.startswith("qemu")]
         status = os.waitstatus_to_exitcode(machine.child.status or 0)
         if status != 0:
             how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"

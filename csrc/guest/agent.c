@@ -4,7 +4,7 @@
  *   - bytes from the host: one frame being received, and for each command its stdin window;
  *   - bytes to the host: one output buffer. Command output is read from its pipe only when the buffer has room for a
  *     whole frame and the host has given the channel window; answers (EXIT, ERROR, WINDOW) have a reserve of their own,
- *     and the port is not read while that reserve is used up.
+ *     and whatever would cause one waits while that reserve is used up.
  */
 #define _GNU_SOURCE
 #include "agent.h"
@@ -67,9 +67,10 @@ enum {
     MAX_STREAMS = 64,
     /* The kernel's virtio console takes at most 32 KiB in one write: one frame of ours is one write. */
     CHUNK = 32768 - HEADER,
-    /* Room for the answers that one round of the loop can give without the port being read again:
-     * an EXIT and a WINDOW for every command and the answer to one frame. */
-    RESERVE = MAX_STREAMS * 64 + 2 * MAX_CONTROL,
+    /* Room that command output leaves to answers. Whatever causes an answer looks first whether the largest one fits,
+     * and waits for the port if it does not (can_answer): so no answer is ever lost. */
+    LARGEST_ANSWER = HEADER + MAX_CONTROL,
+    RESERVE = 3 * LARGEST_ANSWER,
     OUTPUT = 8 * 32768 + RESERVE,
     INPUT = 65536
 };
@@ -80,6 +81,7 @@ static const char default_path[] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/us
 struct channel {
     int fd;          /* the pipe's read end; -1: closed */
     uint32_t window; /* bytes that the host still takes */
+    uint32_t owed;   /* of a command that has ended: bytes that it left in the pipe and that must come before EXIT */
 };
 
 /* One command. */
@@ -102,7 +104,6 @@ struct agent {
     int signals;
     bool greeted; /* the host's HELLO has come */
     bool shutdown;
-    bool broken;
     struct stream streams[MAX_STREAMS];
     unsigned turn; /* where the round of output channels goes on, so that none is starved */
     unsigned char out[OUTPUT];
@@ -183,6 +184,7 @@ static void record_error(struct record *r, uint32_t stream, int error, const cha
 /* --- Output to the port --------------------------------------------------------------------------------------------- */
 
 static size_t out_room(const struct agent *a) { return OUTPUT - (a->out_tail - a->out_head); }
+static bool can_answer(const struct agent *a) { return out_room(a) >= LARGEST_ANSWER; }
 
 /* A place at the end of the output buffer for `length` bytes; the caller has checked out_room. */
 static unsigned char *out_reserve(struct agent *a, size_t length) {
@@ -194,11 +196,8 @@ static unsigned char *out_reserve(struct agent *a, size_t length) {
     return a->out + a->out_tail;
 }
 
+/* The caller has seen that it can_answer. */
 static void answer(struct agent *a, const void *bytes, size_t length) {
-    if (out_room(a) < length) { /* cannot be: RESERVE is kept free for answers */
-        a->broken = true;
-        return;
-    }
     memcpy(out_reserve(a, length), bytes, length);
     a->out_tail += length;
 }
@@ -284,14 +283,18 @@ static bool pump_output(struct agent *a, struct stream *s, int index) {
     put_header(frame, index == 0 ? STDOUT : STDERR, s->id, (uint32_t)n);
     a->out_tail += HEADER + (size_t)n;
     c->window -= (uint32_t)n;
+    c->owed -= c->owed < (uint32_t)n ? c->owed : (uint32_t)n;
     return true;
 }
 
-/* Whether a channel of a command that has ended holds nothing more that the command wrote. */
-static bool drained(const struct channel *c) {
-    int waiting = 0;
-    return c->fd < 0 || (ioctl(c->fd, FIONREAD, &waiting) == 0 && waiting == 0);
+static uint32_t waiting_in(const struct channel *c) {
+    int bytes = 0;
+    return c->fd >= 0 && ioctl(c->fd, FIONREAD, &bytes) == 0 ? (uint32_t)bytes : 0;
 }
+
+/* Whether a channel of a command that has ended holds nothing more that the command wrote. What it left running may
+ * fill the pipe for ever, or itself have read from it. */
+static bool drained(const struct channel *c) { return c->owed == 0 || waiting_in(c) == 0; }
 
 static void pump_stdin(struct agent *a, struct stream *s) {
     while (s->stdin_fd >= 0 && s->stdin_used > 0) {
@@ -311,9 +314,8 @@ static void pump_stdin(struct agent *a, struct stream *s) {
         s->stdin_passed += (uint32_t)n;
     }
     if (s->stdin_eof && s->stdin_used == 0) close_fd(&s->stdin_fd);
-    /* Give back in large pieces, so that the reserve and the host are not flooded with small ones. */
-    if (s->stdin_passed >= INITIAL_WINDOW / 4 || (s->stdin_passed > 0 && s->stdin_used == 0)) {
-        if (out_room(a) < RESERVE) return;
+    /* Give back in large pieces, so that the host is not flooded with small ones. */
+    if (can_answer(a) && (s->stdin_passed >= INITIAL_WINDOW / 4 || (s->stdin_passed > 0 && s->stdin_used == 0))) {
         answer_window(a, s->id, s->stdin_passed);
         s->stdin_passed = 0;
     }
@@ -322,6 +324,7 @@ static void pump_stdin(struct agent *a, struct stream *s) {
 /* The program has started, or told why not. */
 static void finish_start(struct agent *a, struct stream *s) {
     struct start_failure failure;
+    if (!can_answer(a)) return;
     ssize_t n = read(s->started, &failure, sizeof failure);
     if (n < 0 && (errno == EINTR || errno == EAGAIN)) return;
     close_fd(&s->started);
@@ -338,9 +341,16 @@ static void finish_if_ended(struct agent *a, struct stream *s) {
         if (s->id == 0 || s->started >= 0) return;
     }
     if (!drained(&s->out[0]) || !drained(&s->out[1])) return;
-    if (out_room(a) < RESERVE / 2) return;
+    if (!can_answer(a)) return;
     answer_exit(a, s);
     free_stream(s);
+}
+
+/* The number of a process that is not reaped is not given to another, so this never hits a stranger. */
+static void send_signal(const struct stream *s, int number, bool group) {
+    if (s->exited) return;
+    /* The group is there once the child has called setsid: until then there is only the child. */
+    if (!group || kill(-s->pid, number) != 0) kill(s->pid, number);
 }
 
 static void reap(struct agent *a) {
@@ -349,10 +359,10 @@ static void reap(struct agent *a) {
     while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
         for (int i = 0; i < MAX_STREAMS; i++) {
             struct stream *s = &a->streams[i];
-            if (s->id != 0 && s->pid == pid) {
-                s->exited = true;
-                s->status = status;
-            }
+            if (s->id == 0 || s->exited || s->pid != pid) continue; /* one that has ended may share its number */
+            s->exited = true;
+            s->status = status;
+            for (int k = 0; k < 2; k++) s->out[k].owed = waiting_in(&s->out[k]);
         }
     }
 }
@@ -447,12 +457,13 @@ static void run_command(const struct command *c, int fds[3], int failed) {
     if (getenv_of(c->env, "HOME") == NULL) {
         snprintf(home_entry, sizeof home_entry, "HOME=%s", home);
         *end++ = home_entry;
+        *end = NULL;
     }
     if (getenv_of(c->env, "PATH") == NULL) {
         snprintf(path_entry, sizeof path_entry, "PATH=%s", default_path);
         *end++ = path_entry;
+        *end = NULL;
     }
-    *end = NULL;
     if (chdir(c->cwd != NULL ? c->cwd : "/") != 0) fail_start(failed, "chdir");
     environ = c->env;
     execvp(c->argv[0], c->argv);
@@ -595,6 +606,7 @@ static bool take_hello(struct agent *a, const unsigned char *payload, size_t siz
 }
 
 static bool take_stdin(struct stream *s, const unsigned char *data, size_t length) {
+    if (length == 0) return false;
     if (s == NULL) return true;
     if (s->stdin_eof || length > INITIAL_WINDOW - s->stdin_used - s->stdin_passed) return false;
     if (s->stdin_fd < 0) {
@@ -629,8 +641,7 @@ static bool take_window(struct stream *s, const unsigned char *payload, size_t s
 
 static bool take_signal(struct stream *s, const unsigned char *payload, size_t size) {
     if (size != 2 || payload[0] < 1 || payload[0] > 64) return false;
-    /* The group is there once the child has called setsid: until then there is only the child. */
-    if (s != NULL && !s->exited && (!(payload[1] & 1) || kill(-s->pid, payload[0]) != 0)) kill(s->pid, payload[0]);
+    if (s != NULL) send_signal(s, payload[0], payload[1] & 1);
     return true;
 }
 
@@ -666,7 +677,7 @@ static size_t largest(int type) {
 /* Takes the whole frames out of `in`. False: the host broke the protocol. */
 static bool take_input(struct agent *a) {
     size_t at = 0;
-    while (!a->shutdown && a->large == NULL && a->in_used - at >= HEADER && out_room(a) >= RESERVE / 2) {
+    while (!a->shutdown && a->large == NULL && a->in_used - at >= HEADER && can_answer(a)) {
         const unsigned char *h = a->in + at;
         size_t length = get32(h + 8), here = a->in_used - at - HEADER;
         if (h[1] != 0 || h[2] != 0 || h[3] != 0 || length > largest(h[0])) return false;
@@ -690,7 +701,7 @@ static bool take_input(struct agent *a) {
 
 /* Takes the large frame once it is whole. False: the host broke the protocol. */
 static bool take_large(struct agent *a) {
-    if (a->large == NULL || a->large_used < a->large_length || out_room(a) < RESERVE / 2) return true;
+    if (a->large == NULL || a->large_used < a->large_length || !can_answer(a)) return true;
     bool good = take_frame(a, a->large_header[0], get32(a->large_header + 4), a->large, a->large_length);
     free(a->large);
     a->large = NULL;
@@ -749,21 +760,23 @@ static void poll_fd(struct pollfd *polls, nfds_t *count, int fd, short events) {
 }
 
 /* Waits until something can be done. What was ready is found by trying: every descriptor is non-blocking. */
-static void wait_for_work(const struct agent *a) {
+static void wait_for_work(struct agent *a) {
     struct pollfd polls[2 + 4 * MAX_STREAMS];
     nfds_t count = 0;
-    bool room = out_room(a) >= HEADER + CHUNK + RESERVE, answers = out_room(a) >= RESERVE;
+    bool room = out_room(a) >= HEADER + CHUNK + RESERVE, answers = can_answer(a);
     poll_fd(polls, &count, a->port, (short)((answers ? POLLIN : 0) | (a->out_head < a->out_tail ? POLLOUT : 0)));
     poll_fd(polls, &count, a->signals, POLLIN);
     for (int i = 0; i < MAX_STREAMS; i++) {
         const struct stream *s = &a->streams[i];
         if (s->id == 0) continue;
-        if (s->started >= 0) poll_fd(polls, &count, s->started, POLLIN);
+        if (s->started >= 0 && answers) poll_fd(polls, &count, s->started, POLLIN);
         for (int k = 0; k < 2 && room && s->started < 0; k++)
             if (s->out[k].fd >= 0 && s->out[k].window > 0) poll_fd(polls, &count, s->out[k].fd, POLLIN);
         if (s->stdin_fd >= 0 && s->stdin_used > 0) poll_fd(polls, &count, s->stdin_fd, POLLOUT);
     }
-    poll(polls, count, -1);
+    /* That the host is gone is found by reading. While the port is full it is not read; nor need a write fail then: a
+     * virtio port without a host is just never writable, and poll would say over and over that it has hung up. */
+    if (poll(polls, count, -1) > 0 && !answers && (polls[0].revents & (POLLHUP | POLLERR))) a->shutdown = true;
 }
 
 int agent_serve(int port, const char *kernel, const struct milestone *milestones, size_t count) {
@@ -780,15 +793,9 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
     fcntl(port, F_SETFL, O_NONBLOCK);
     greet(a, kernel, milestones, count);
     bool good = true;
-    while (good) {
-        flush(a);
+    while (good && !a->shutdown) {
         good = take_large(a) && take_input(a);
         if (!good || a->shutdown) break;
-        wait_for_work(a);
-        struct signalfd_siginfo ignored;
-        while (read(a->signals, &ignored, sizeof ignored) > 0) continue;
-        if (out_room(a) >= RESERVE) good = read_port(a);
-        reap(a);
         for (int i = 0; i < MAX_STREAMS; i++) {
             struct stream *s = &a->streams[i];
             if (s->id != 0 && s->started >= 0) finish_start(a, s);
@@ -796,10 +803,20 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
         }
         pump_outputs(a);
         for (int i = 0; i < MAX_STREAMS; i++) finish_if_ended(a, &a->streams[i]);
+        /* All of the above is done before the wait, which knows of no work that is left. What waits for room is left
+         * if the port takes nothing, and then poll tells when it does; otherwise it is done now. */
+        bool full = !can_answer(a);
+        flush(a);
+        if (a->shutdown || (full && can_answer(a))) continue;
+        wait_for_work(a);
+        struct signalfd_siginfo ignored;
+        while (read(a->signals, &ignored, sizeof ignored) > 0) continue;
+        if (can_answer(a)) good = read_port(a);
+        reap(a);
     }
     for (int i = 0; i < MAX_STREAMS; i++)
         if (a->streams[i].id != 0) {
-            if (!a->streams[i].exited) kill(-a->streams[i].pid, SIGKILL);
+            send_signal(&a->streams[i], SIGKILL, true);
             free_stream(&a->streams[i]);
         }
     free(a->large);

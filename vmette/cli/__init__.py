@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -77,6 +78,7 @@ def group() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code. Errors are one line on stderr."""
+    _open_standard_streams()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish is kept
             signal.signal(number, _interrupted)
@@ -105,6 +107,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         complain(f"vmette: {error}")
         return VmetteError.exit_code
+
+
+def _open_standard_streams() -> None:
+    """A standard stream that is closed would go to the first file that we open, and be taken for the user's."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 def complain(line: str) -> None:

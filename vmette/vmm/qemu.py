@@ -30,7 +30,9 @@ CONTROL_FD, CONSOLE_FD, FIRST_SHARE_FD = 3, 4, 5
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
-MACHINES = {"x86_64": "microvm,acpi=on,isa-serial=off,rtc=on,x-option-roms=off", "aarch64": "virt,gic-version=3"}
+MACHINES = {"x86_64": "microvm,acpi=on,isa-serial=off,rtc=on", "aarch64": "virt,gic-version=3"}
+FIRMWARE = {"x86_64": ["-bios", "qboot.rom"], "aarch64": []}
+"""qboot does nothing but start a kernel. (With microvm's SeaBIOS our kernel starts under QEMU 7.2 and not under 10.)"""
 CPUS = {"x86_64": "max", "aarch64": "max,pauth-impdef=on"}
 """Under TCG. (Pointer authentication by its own cipher takes a third of an emulated boot.)"""
 
@@ -166,6 +168,11 @@ class QemuMachine:
         while self._daemons:
             self._daemons.pop().close()
 
+    @property
+    def ends(self) -> list[int]:
+        """Descriptors that become readable when a program ends that the VM cannot do without."""
+        return [daemon.ended for daemon in self._daemons]
+
     # --- QEMU's command line
 
     def _argv(self, errors: int) -> Iterator[str]:
@@ -174,6 +181,8 @@ class QemuMachine:
         yield from (str(binary(config.arch)), "-accel", self.accel, "-cpu", cpu)
         yield from ("-m", f"{config.mem_mib}M", "-smp", str(config.vcpus))
         yield from ("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-sandbox", SANDBOX)
+        # Virtio 1.0: vhost-user devices know nothing older, and virtio-mmio is older unless told otherwise.
+        yield from ("-global", "virtio-mmio.force-legacy=false")
         yield from _serial(CONTROL_FD, "control")
         yield from _serial(CONSOLE_FD, "console")
         yield from ("-device", "virtio-serial-device,max_ports=4")
@@ -195,7 +204,7 @@ class QemuMachine:
         if self._daemons:  # virtiofsd answers in the guest's own memory
             yield from ("-object", f"memory-backend-memfd,id=memory,size={config.mem_mib}M,share=on")
             machine += ",memory-backend=memory"
-        yield from ("-M", machine)
+        yield from ("-M", machine, *FIRMWARE[config.arch])
         yield from ("-kernel", str(config.kernel_path), "-initrd", str(config.initramfs_path))
         yield from ("-append", kernel_cmdline(config, self.accel, root_type, shares))
 
@@ -208,7 +217,7 @@ class QemuMachine:
             name = f"fs{number}"
             device = f"vhost-user-fs-device,chardev={name},tag={tag},queue-size=1024"
             return "virtiofs", [*_serial(number, name), "-device", device]
-        name = f"9p-{tag}"
+        name = f"share-{tag}"
         # Owners and modes are the host's own; a user who may not set an owner gets the file as his.
         security = "passthrough" if os.geteuid() == 0 else "none"
         fsdev = f"local,id={name},path={_comma(path.absolute())},security_model={security},multidevs=remap"

@@ -34,11 +34,14 @@ class Daemon:
 
     child: Child
     connection: socket.socket
+    ended: int
+    """A descriptor that becomes readable when the daemon has ended."""
 
     def close(self) -> None:
         """Ends it."""
         self.connection.close()
         self.child.kill()
+        os.close(self.ended)
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,10 @@ class Virtiofsd:
                     child = spawn(argv, fds, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
                 finally:
                     os.close(null)
+                return Daemon(child, connection, os.pidfd_open(child.pid))
             except BaseException:
                 connection.close()
                 raise
-        return Daemon(child, connection)
 
     def works(self) -> bool:
         """Whether it can run here at all: it needs root, or user namespaces with a range of ids."""
