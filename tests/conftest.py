@@ -4,4 +4,4 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--arch", default=None, help="the guest's architecture for the tests in tests/vm (the host's)")
+    parser.addoption("--arch", default=None, help="also run the tests of this guest architecture")

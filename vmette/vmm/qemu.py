@@ -7,8 +7,9 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from .. import assets
@@ -135,7 +136,7 @@ class QemuMachine:
             null = os.open(os.devnull, os.O_RDONLY)
             with control, console:
                 try:
-                    argv = list(self._argv(errors))
+                    argv = command_line(config, accel, partial(self._serve, errors=errors))
                     fds = {0: null, 1: errors, 2: errors, CONTROL_FD: control.fileno(), CONSOLE_FD: console.fileno()}
                     for number, daemon in enumerate(self._daemons, FIRST_SHARE_FD):
                         fds[number] = daemon.connection.fileno()
@@ -173,43 +174,8 @@ class QemuMachine:
         """Descriptors that become readable when a program ends that the VM cannot do without."""
         return [daemon.ended for daemon in self._daemons]
 
-    # --- QEMU's command line
-
-    def _argv(self, errors: int) -> Iterator[str]:
-        config = self.config
-        cpu = "host" if self.accel == "kvm" else CPUS[config.arch]
-        yield from (str(binary(config.arch)), "-accel", self.accel, "-cpu", cpu)
-        yield from ("-m", f"{config.mem_mib}M", "-smp", str(config.vcpus))
-        yield from ("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-sandbox", SANDBOX)
-        # Virtio 1.0: vhost-user devices know nothing older, and virtio-mmio is older unless told otherwise.
-        yield from ("-global", "virtio-mmio.force-legacy=false")
-        yield from _serial(CONTROL_FD, "control")
-        yield from _serial(CONSOLE_FD, "console")
-        yield from ("-device", "virtio-serial-device,max_ports=4")
-        yield from ("-device", "virtconsole,chardev=console")
-        yield from ("-device", "virtserialport,chardev=control,name=vmette.control")
-        yield from ("-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng")
-        root_type = ""
-        if isinstance(config.root, BlockImage):
-            yield from _disk(config.root.path, "root")
-        elif isinstance(config.root, Directory):
-            root_type, arguments = self._share(config.root.path, ROOT_TAG, errors, read_only=True)
-            yield from arguments
-        shares: list[tuple[Share, str]] = []
-        for share in config.shares:
-            kind, arguments = self._share(share.path, share.tag, errors, read_only=share.read_only)
-            yield from arguments
-            shares.append((share, kind))
-        machine = MACHINES[config.arch]
-        if self._daemons:  # virtiofsd answers in the guest's own memory
-            yield from ("-object", f"memory-backend-memfd,id=memory,size={config.mem_mib}M,share=on")
-            machine += ",memory-backend=memory"
-        yield from ("-M", machine, *FIRMWARE[config.arch])
-        yield from ("-kernel", str(config.kernel_path), "-initrd", str(config.initramfs_path))
-        yield from ("-append", kernel_cmdline(config, self.accel, root_type, shares))
-
-    def _share(self, path: Path, tag: str, errors: int, *, read_only: bool) -> tuple[str, list[str]]:
-        """The kind of share and QEMU's arguments for it. What is read-only is so on this side of the device."""
+    def _serve(self, path: Path, tag: str, read_only: bool, errors: int) -> tuple[str, list[str]]:
+        """See `Serve`. What is read-only is so on this side of the device."""
         program = virtiofsd.find()
         if program is not None and program.can_serve(path, read_only=read_only):
             number = FIRST_SHARE_FD + len(self._daemons)
@@ -226,6 +192,47 @@ class QemuMachine:
         return "9p", ["-fsdev", fsdev, "-device", f"virtio-9p-device,fsdev={name},mount_tag={tag}"]
 
 
+Serve = Callable[[Path, str, bool], "tuple[str, list[str]]"]
+"""Makes a directory ready to be shared by a tag, read-only or not: the kind of share and QEMU's arguments for it."""
+
+
+def command_line(config: MachineConfig, accel: str, serve: Serve) -> list[str]:
+    """QEMU's command line for `config`.
+
+    Raises:
+        VmmError: QEMU is not installed.
+        ConfigError: the kernel command line is too long.
+    """
+    argv = [str(binary(config.arch)), "-accel", accel, "-cpu", "host" if accel == "kvm" else CPUS[config.arch]]
+    argv += ["-m", f"{config.mem_mib}M", "-smp", str(config.vcpus)]
+    argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-sandbox", SANDBOX]
+    # Virtio 1.0: vhost-user devices know nothing older, and virtio-mmio is older unless told otherwise.
+    argv += ["-global", "virtio-mmio.force-legacy=false"]
+    argv += [*_serial(CONTROL_FD, "control"), *_serial(CONSOLE_FD, "console")]
+    argv += ["-device", "virtio-serial-device,max_ports=4"]
+    argv += ["-device", "virtconsole,chardev=console"]
+    argv += ["-device", "virtserialport,chardev=control,name=vmette.control"]
+    argv += ["-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng"]
+    root_type = ""
+    if isinstance(config.root, BlockImage):
+        argv += _disk(config.root.path, "root")
+    elif isinstance(config.root, Directory):
+        root_type, arguments = serve(config.root.path, ROOT_TAG, True)
+        argv += arguments
+    shares: list[tuple[Share, str]] = []
+    for share in config.shares:
+        kind, arguments = serve(share.path, share.tag, share.read_only)
+        argv += arguments
+        shares.append((share, kind))
+    machine = MACHINES[config.arch]
+    if "virtiofs" in {root_type, *(kind for _, kind in shares)}:  # virtiofsd answers in the guest's own memory
+        argv += ["-object", f"memory-backend-memfd,id=memory,size={config.mem_mib}M,share=on"]
+        machine += ",memory-backend=memory"
+    argv += ["-M", machine, *FIRMWARE[config.arch]]
+    argv += ["-kernel", str(config.kernel_path), "-initrd", str(config.initramfs_path)]
+    return [*argv, "-append", kernel_cmdline(config, accel, root_type, shares)]
+
+
 def _comma(path: Path) -> str:
     """`path` within a QEMU option, where a comma is doubled."""
     return str(path).replace(",", ",,")
@@ -235,7 +242,7 @@ def _serial(fd: int, name: str) -> tuple[str, str]:
     return "-chardev", f"socket,id={name},fd={fd}"
 
 
-def _disk(path: Path, name: str) -> Iterator[str]:
+def _disk(path: Path, name: str) -> list[str]:
     file = {"driver": "file", "filename": str(path.absolute()), "read-only": True}
     node = {"driver": "raw", "node-name": name, "read-only": True, "file": file}
-    yield from ("-blockdev", json.dumps(node, ensure_ascii=False), "-device", f"virtio-blk-device,drive={name}")
+    return ["-blockdev", json.dumps(node, ensure_ascii=False), "-device", f"virtio-blk-device,drive={name}"]
