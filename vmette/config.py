@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import assets
-from .errors import ConfigError, PayloadError
+from .errors import ConfigError, PayloadError, reason
 from .providers.base import Artifact, BlockImage
 
 ACCELERATORS = ("auto", "kvm", "tcg")
@@ -49,7 +49,7 @@ class Share:
         except FileNotFoundError:
             raise ConfigError(f"share {self.tag}: {self.path} does not exist") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in it
-            raise ConfigError(f"share {self.tag}: {self.path}: {getattr(error, 'strerror', None) or error}") from error
+            raise ConfigError(f"share {self.tag}: {self.path}: {reason(error)}") from error
         if not is_directory:
             raise ConfigError(f"share {self.tag}: {self.path} is not a directory")
 
@@ -131,8 +131,7 @@ def _read_start(path: Path, what: str) -> bytes:
         with path.open("rb") as file:
             return file.read(1024)
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
-        reason = getattr(error, "strerror", None) or error
-        raise PayloadError(f"cannot read the {what} {path}: {reason}") from error
+        raise PayloadError(f"cannot read the {what} {path}: {reason(error)}") from error
 
 
 def _check_kernel(path: Path, arch: str) -> None:

@@ -22,6 +22,13 @@ __all__ = [
 ]
 
 
+def reason(error: OSError | ValueError) -> str:
+    """Why a path cannot be used, without the path. A NUL in it is a ValueError, in words that differ by version."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return "embedded null byte" if "null" in str(error) else str(error)
+
+
 class VmetteError(Exception):
     """Base of every error that vmette raises on purpose."""
 

@@ -89,8 +89,12 @@ def _accelerator() -> Iterator[Finding]:
 
 
 def _shares() -> Iterator[Finding]:
-    from ..vmm import virtiofsd
+    from ..config import MachineConfig
+    from ..vmm import qemu, virtiofsd
 
+    if qemu.choose_accel(MachineConfig(None)) != "kvm":
+        yield Finding("shares", "slow", "9p", "virtio-fs is faster, and works under kvm only")
+        return
     found = virtiofsd.find()
     path = virtiofsd.locate()
     if found is not None:

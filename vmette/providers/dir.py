@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from ..errors import reason
 from .base import Artifact, Context, Directory, InvalidSpec
 
 
@@ -42,7 +43,7 @@ class DirProvider:
         try:
             mode = path.stat().st_mode
         except (OSError, ValueError) as error:
-            raise InvalidSpec(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+            raise InvalidSpec(f"{path}: {reason(error)}") from error
         if not stat.S_ISDIR(mode):
             raise InvalidSpec(f"{path} is not a directory")
         return Directory(path)

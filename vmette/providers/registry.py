@@ -67,7 +67,7 @@ def _installed() -> Iterator[RootfsProvider]:
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         try:
             provider = entry.load()()
-            known = isinstance(provider, RootfsProvider)  # may run a property of theirs
+            known = isinstance(provider, RootfsProvider) and isinstance(provider.name, str)
         except Exception as error:  # whatever another's package raises
             logger.warning("provider %s (%s) does not load: %s", entry.name, entry.value, error)
             continue

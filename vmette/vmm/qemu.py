@@ -113,6 +113,16 @@ def kvm_boots(config: MachineConfig) -> bool:
     return False
 
 
+def file_server(accel: str) -> virtiofsd.Virtiofsd | None:
+    """The virtiofsd for a VM under `accel`; None where 9p, which is QEMU's own, has to do.
+
+    A vhost-user device writes to the guest's memory behind QEMU's back. An emulating QEMU keeps translations of the
+    code that it has run from a page, and does not learn that the page now holds other code: programs read over
+    virtio-fs then crash, reproducibly with QEMU 10 (with a translation cache too small to keep much, they do not).
+    """
+    return virtiofsd.find() if accel == "kvm" else None
+
+
 class QemuMachine:
     """A running VM: its control port, its console, QEMU's own complaints, and an end.
 
@@ -176,7 +186,7 @@ class QemuMachine:
 
     def _serve(self, path: Path, tag: str, read_only: bool, errors: int) -> tuple[str, list[str]]:
         """See `Serve`. What is read-only is so on this side of the device."""
-        program = virtiofsd.find()
+        program = file_server(self.accel)
         if program is not None and program.can_serve(path, read_only=read_only):
             number = FIRST_SHARE_FD + len(self._daemons)
             self._daemons.append(program.serve(path, read_only=read_only, stderr=errors))
