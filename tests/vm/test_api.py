@@ -34,8 +34,8 @@ def test_check_raises_with_the_output() -> None:
 
 def test_a_time_out_carries_the_output_so_far() -> None:
     with pytest.raises(vmette.TimeoutExpired) as caught:
-        vmette.run(BASE, ["sh", "-c", "echo out; echo err >&2; sleep 1000"], timeout=3, text=True)
-    assert (caught.value.timeout, caught.value.stdout, caught.value.stderr) == (3, "out\n", "err\n")
+        vmette.run(BASE, ["sh", "-c", "echo out; echo err >&2; sleep 1000"], timeout=8, text=True)
+    assert (caught.value.timeout, caught.value.stdout, caught.value.stderr) == (8, "out\n", "err\n")
 
 
 def test_output_is_bounded() -> None:

@@ -96,7 +96,7 @@ def test_a_file_server_that_is_killed_ends_the_run(tmp_path: Path, monkeypatch: 
 
 
 def test_a_time_out_leaves_nothing(tmp_path: Path) -> None:
-    with running(tmp_path, "--timeout", "3") as process:
+    with running(tmp_path, "--timeout", "8") as process:
         assert process.wait(60) == 124
 
 
