@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,21 @@ def test_a_plugin_resolves_its_specs(site: Path, tmp_path: Path) -> None:
     assert artifact == [str(tmp_path / "echo/x/y"), False]
     assert (tmp_path / "echo/x/y").is_dir()
     assert loaded is True
+
+
+def test_a_command_runs_in_what_a_plugin_provides(site: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "echo/tree"
+    (tree / "bin").mkdir(parents=True)
+    shutil.copy("/bin/busybox", tree / "bin/busybox")
+    done = subprocess.run(
+        [sys.executable, "-m", "vmette", "run", "--quiet", "echo://tree", "--", "busybox", "echo", "from a plugin"],
+        env={**os.environ, "PYTHONPATH": str(site), "VMETTE_CACHE_DIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "from a plugin\n"), done.stderr
 
 
 def test_plugins_come_after_the_built_in_providers_in_the_order_of_their_names(site: Path, tmp_path: Path) -> None:
