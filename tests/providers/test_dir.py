@@ -88,7 +88,7 @@ def test_a_missing_path_is_refused() -> None:
 def test_a_file_is_refused(somewhere: Path) -> None:
     """The seed's dir_rejects_files."""
     assert problem(f"{somewhere}/Cargo.toml") == f"invalid spec: {somewhere}/Cargo.toml is not a directory"
-    assert "not a directory" in problem("/etc/hosts")
+    assert "not a directory" in problem("/etc/passwd")
 
 
 def test_a_directory_is_taken_and_may_be_written_to() -> None:
