@@ -239,7 +239,7 @@ def test_signals_are_as_if_new(thread: Executor | None) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [blocked])
         for number, handler in before.items():
             signal.signal(number, handler)
-    # 32 and 33 are the C library's own, out of reach of its sigaction; the posix_spawn of glibc 2.36 ignores one of them.
+    # 32 and 33 are the C library's own, out of reach of its sigaction; glibc 2.36 has posix_spawn ignore one of them.
     internal = 1 << 31 | 1 << 32
     masks = {int(status[name], 16) & ~internal for name in ("SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd")}
     assert masks == {0}
