@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,19 @@ from vmette import assets
 
 class BuildError(Exception):
     """Something cannot be built; the text says what to do."""
+
+
+def package_version(package: str) -> str:
+    """The version of an installed Debian package.
+
+    Raises:
+        BuildError: it is not installed.
+    """
+    query = ["dpkg-query", "-W", "-f", "${Version}", package]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise BuildError(f"Debian's package {package} is missing: apt-get install {package}")
+    return answer.stdout
 
 
 def artifact(name: str, facts: Mapping[str, str], make: Callable[[Path], None]) -> Path:

@@ -9,7 +9,7 @@ import subprocess
 from collections import deque
 from pathlib import Path
 
-from .artifacts import BuildError, Progress, artifact, scratch
+from .artifacts import BuildError, Progress, artifact, package_version, scratch
 
 PACKAGE = "linux-source-6.12"
 TARBALL = Path("/usr/src/linux-source-6.12.tar.xz")
@@ -36,18 +36,12 @@ def build(arch: str) -> Path:
     Raises:
         BuildError: the source is missing, an option of the fragments was not taken, or the build failed.
     """
+    if not TARBALL.exists():
+        raise BuildError(f"the kernel's source is missing: apt-get install {PACKAGE}")
     fragment = "".join((FRAGMENTS / f"{name}.fragment").read_text() for name in ("kernel", f"kernel-{arch}"))
-    facts = {"fragment": fragment, "source": _source_version(), "arch": arch}
+    facts = {"fragment": fragment, "source": package_version(PACKAGE), "arch": arch}
     name = Path(ARCHITECTURES[arch][3]).name
     return artifact(name, facts, lambda output: _build(arch, fragment, output))
-
-
-def _source_version() -> str:
-    query = ["dpkg-query", "-W", "-f", "${Version}", PACKAGE]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    if answer.returncode != 0 or not TARBALL.exists():
-        raise BuildError(f"the kernel's source is missing: apt-get install {PACKAGE}")
-    return answer.stdout
 
 
 def _build(arch: str, fragment: str, output: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from vmette import assets
 
 from . import base, initramfs, kernel
-from .artifacts import BuildError
+from .artifacts import BuildError, package_version
 
 PAYLOAD = Path(__file__).resolve().parent.parent / "vmette" / "_payload"
 
@@ -42,13 +42,9 @@ def build(arch: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for path in (kernel.build(arch), initramfs.build(arch), base.build(arch)):
         _install(path, directory / path.name)
-    notice = NOTICE.format(kernel=_version(kernel.PACKAGE), busybox=_version(base.PACKAGE))
+    packages = {"kernel": kernel.PACKAGE, "busybox": base.PACKAGE}
+    notice = NOTICE.format(**{what: f"{package} {package_version(package)}" for what, package in packages.items()})
     (PAYLOAD / "NOTICE").write_text(notice)
-
-
-def _version(package: str) -> str:
-    query = ["dpkg-query", "-W", "-f", "${Package} ${Version}", package]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout
 
 
 def _install(source: Path, target: Path) -> None:
