@@ -65,6 +65,7 @@ enum {
     MAX_CONTROL = 4096,
     INITIAL_WINDOW = 262144,
     MAX_STREAMS = 64,
+    MAX_GROUPS = 256,
     /* The kernel's virtio console takes at most 32 KiB in one write: one frame of ours is one write. */
     CHUNK = 32768 - HEADER,
     /* Room that command output leaves to answers. Whatever causes an answer looks first whether the largest one fits,
@@ -398,9 +399,45 @@ static const char *getenv_of(char **env, const char *name) {
     return NULL;
 }
 
+/* The entry of /etc/passwd for a name, or for `uid` if that is NULL. The files are read as they are: getpwnam and its kin
+ * would ask a name service's socket first, which nobody has here and which an image could fake. */
+static struct passwd *find_user(const char *name, uint32_t uid) {
+    FILE *file = fopen("/etc/passwd", "re");
+    struct passwd *entry = NULL;
+    if (file == NULL) return NULL;
+    while ((entry = fgetpwent(file)) != NULL)
+        if (name != NULL ? strcmp(entry->pw_name, name) == 0 : entry->pw_uid == uid) break;
+    fclose(file);
+    return entry;
+}
+
+static bool has_member(const struct group *group, const char *name) {
+    for (char **member = group->gr_mem; *member != NULL; member++)
+        if (strcmp(*member, name) == 0) return true;
+    return false;
+}
+
+/* Finds the number of the group `name`, if that is not NULL; or the groups that `user` is a member of, `groups` having
+ * one already. Returns how many there are: 0 if there is none of that name. */
+static size_t find_groups(const char *name, const char *user, gid_t *groups) {
+    FILE *file = fopen("/etc/group", "re");
+    struct group *entry;
+    size_t count = name == NULL;
+    if (file == NULL) return count;
+    while ((entry = fgetgrent(file)) != NULL && count < MAX_GROUPS) {
+        if (name != NULL ? strcmp(entry->gr_name, name) != 0 : entry->gr_gid == *groups || !has_member(entry, user))
+            continue;
+        groups[count++] = entry->gr_gid;
+        if (name != NULL) break;
+    }
+    fclose(file);
+    return count;
+}
+
 /* Becomes `user[:group]`. Runs in the child: the guest's passwd and group files are not to be trusted. */
 static const char *become(const char *spec, int failed) {
     static char home[4096] = "/";
+    static gid_t groups[MAX_GROUPS];
     char user[256], *group;
     if (strlen(spec) >= sizeof user) {
         errno = ENAMETOOLONG;
@@ -410,33 +447,30 @@ static const char *become(const char *spec, int failed) {
     group = strchr(user, ':');
     if (group != NULL) *group++ = 0;
     uint32_t uid, gid = 0;
-    struct passwd *entry;
-    if (parse_number(user, &uid)) {
-        entry = getpwuid(uid);
-    } else {
-        entry = getpwnam(user);
-        if (entry == NULL) {
-            errno = ENOENT;
-            fail_start(failed, "user");
-        }
-        uid = entry->pw_uid;
+    bool number = parse_number(user, &uid);
+    struct passwd *entry = find_user(number ? NULL : user, uid);
+    if (entry == NULL && !number) {
+        errno = ENOENT;
+        fail_start(failed, "user");
     }
     if (entry != NULL) {
+        uid = entry->pw_uid;
         gid = entry->pw_gid;
         if (entry->pw_dir != NULL && strlen(entry->pw_dir) < sizeof home) strcpy(home, entry->pw_dir);
     }
-    if (group != NULL && *group != 0 && !parse_number(group, &gid)) {
-        struct group *g = getgrnam(group);
-        if (g == NULL) {
+    size_t count = 1;
+    groups[0] = gid;
+    if (group == NULL) {
+        if (entry != NULL) count = find_groups(NULL, entry->pw_name, groups);
+    } else if (*group != 0) {
+        if (parse_number(group, &gid)) {
+            groups[0] = gid;
+        } else if (find_groups(group, NULL, groups) == 0) {
             errno = ENOENT;
             fail_start(failed, "group");
         }
-        gid = g->gr_gid;
     }
-    gid_t none = gid;
-    if ((entry != NULL && group == NULL ? initgroups(entry->pw_name, gid) : setgroups(1, &none)) != 0 ||
-        setgid(gid) != 0 || setuid(uid) != 0)
-        fail_start(failed, "user");
+    if (setgroups(count, groups) != 0 || setgid(groups[0]) != 0 || setuid(uid) != 0) fail_start(failed, "user");
     return home;
 }
 

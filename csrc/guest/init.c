@@ -51,6 +51,46 @@ static _Noreturn void power_off(void) {
     for (;;) pause(); /* PID 1 must not return; the host ends a VM that does not power off */
 }
 
+/* --- The control port ---------------------------------------------------------------------------------------------- */
+
+/* Where the kernel lists the ports and where their nodes are: opened before the root changes, so that a failure at any
+ * time finds the port without asking the image. */
+static int port_list = -1, port_nodes = -1;
+
+/* The port's number is the kernel's business: it is found by its name. */
+static int open_port(const char *name) {
+    int list = openat(port_list, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *ports = list < 0 ? NULL : fdopendir(list);
+    if (ports == NULL) return -1;
+    struct dirent *entry;
+    int fd = -1;
+    while (fd < 0 && (entry = readdir(ports)) != NULL) {
+        char path[300], found[64];
+        if (entry->d_name[0] == '.') continue;
+        snprintf(path, sizeof path, "%s/name", entry->d_name);
+        int file = openat(port_list, path, O_RDONLY | O_CLOEXEC);
+        if (file < 0) continue;
+        ssize_t n = read(file, found, sizeof found - 1);
+        close(file);
+        if (n <= 0) continue;
+        found[n] = 0;
+        found[strcspn(found, "\n")] = 0;
+        if (strcmp(found, name) == 0) fd = openat(port_nodes, entry->d_name, O_RDWR | O_CLOEXEC);
+    }
+    closedir(ports);
+    return fd;
+}
+
+/* The host adds the port's name in a message that comes some milliseconds after the device: it is asked for when there
+ * is something to say, and not waited for before. */
+static bool wait_for_port(void) {
+    for (int i = 0; i < 5000 && port < 0; i++) {
+        port = open_port("vmette.control");
+        if (port < 0) nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    }
+    return port >= 0;
+}
+
 __attribute__((format(printf, 2, 3))) static _Noreturn void fail(const char *stage, const char *format, ...) {
     int error = errno;
     char text[512];
@@ -58,7 +98,7 @@ __attribute__((format(printf, 2, 3))) static _Noreturn void fail(const char *sta
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    if (port >= 0)
+    if (wait_for_port())
         agent_report(port, error, stage, text);
     else
         dprintf(STDERR_FILENO, "vmette: %s: %s: %s\n", stage, text, strerror(error));
@@ -75,43 +115,6 @@ static bool make_dir(const char *path, mode_t mode) {
     struct stat st;
     if (mkdir(path, mode) == 0) return true;
     return errno == EEXIST && lstat(path, &st) == 0 && (S_ISDIR(st.st_mode) || (errno = ENOTDIR, false));
-}
-
-/* --- The control port ---------------------------------------------------------------------------------------------- */
-
-/* The port's number is the kernel's business: it is found by its name. */
-static int open_port(const char *name) {
-    DIR *ports = opendir("/sys/class/virtio-ports");
-    if (ports == NULL) return -1;
-    struct dirent *entry;
-    int fd = -1;
-    while (fd < 0 && (entry = readdir(ports)) != NULL) {
-        char path[384], found[64];
-        if (entry->d_name[0] == '.') continue;
-        snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
-        int file = open(path, O_RDONLY | O_CLOEXEC);
-        if (file < 0) continue;
-        ssize_t n = read(file, found, sizeof found - 1);
-        close(file);
-        if (n <= 0) continue;
-        found[n] = 0;
-        found[strcspn(found, "\n")] = 0;
-        if (strcmp(found, name) != 0) continue;
-        snprintf(path, sizeof path, "/dev/%s", entry->d_name);
-        fd = open(path, O_RDWR | O_CLOEXEC);
-    }
-    closedir(ports);
-    return fd;
-}
-
-static void wait_for_port(void) {
-    /* The host adds the port's name in a message that may come a moment after the device. */
-    for (int i = 0; i < 5000; i++) {
-        port = open_port("vmette.control");
-        if (port >= 0) return;
-        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
-    }
-    fail("control", "there is no port named vmette.control");
 }
 
 /* --- The root filesystem ------------------------------------------------------------------------------------------- */
@@ -209,11 +212,23 @@ static void mount_root(const struct plan *plan) {
     must_mount("overlay", "/new", "overlay", 0, "lowerdir=/lower,upperdir=/upper/data,workdir=/upper/work");
 }
 
-/* Enters /new. The initramfs cannot be unmounted: it is moved over and out of sight (as switch_root does). */
+static void move_into_root(const char *from, const char *to) {
+    if (!make_dir(to, 0755)) fail("mount", "cannot make %s in the root filesystem", from);
+    if (mount(from, to, NULL, MS_MOVE, NULL) != 0) fail("mount", "cannot move %s to the root filesystem", from);
+}
+
+/* Enters /new, and takes along what is mounted already. The initramfs cannot be unmounted: the new root is moved over
+ * it and out of sight (as switch_root does). */
 static void enter_root(void) {
-    if (chdir("/new") != 0 || mount(".", "/", NULL, MS_MOVE, NULL) != 0 || chroot(".") != 0 || chdir("/") != 0)
+    if (chdir("/new") != 0) fail("mount", "cannot enter the root filesystem");
+    move_into_root("/proc", "proc");
+    move_into_root("/sys", "sys");
+    move_into_root("/dev", "dev");
+    if (mount(".", "/", NULL, MS_MOVE, NULL) != 0 || chroot(".") != 0 || chdir("/") != 0)
         fail("mount", "cannot enter the root filesystem");
 }
+
+static const unsigned long safe = MS_NOSUID | MS_NODEV | MS_NOEXEC;
 
 static void mount_in_root(const char *source, const char *target, const char *type, unsigned long flags,
                           const char *data) {
@@ -221,13 +236,9 @@ static void mount_in_root(const char *source, const char *target, const char *ty
     must_mount(source, target, type, flags, data);
 }
 
-/* What every Linux program expects to find mounted. */
+/* What every Linux program expects to find mounted, beside what mount_kernel has. */
 static void mount_system(void) {
-    const unsigned long safe = MS_NOSUID | MS_NODEV | MS_NOEXEC;
-    mount_in_root("proc", "/proc", "proc", safe, NULL);
-    mount_in_root("sysfs", "/sys", "sysfs", safe, NULL);
     mount_in_root("cgroup2", "/sys/fs/cgroup", "cgroup2", safe, "nsdelegate");
-    mount_in_root("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755");
     mount_in_root("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "mode=0620,gid=5,ptmxmode=0666");
     mount_in_root("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
     mount_in_root("run", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755");
@@ -241,6 +252,17 @@ static void mount_system(void) {
         unlink(links[i][1]);
         if (symlink(links[i][0], links[i][1]) != 0) fail("mount", "cannot make %s", links[i][1]);
     }
+}
+
+/* The kernel's own filesystems, in the initramfs. */
+static void mount_kernel(void) {
+    make_dir("/proc", 0755);
+    make_dir("/sys", 0755);
+    must_mount("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755");
+    must_mount("sysfs", "/sys", "sysfs", safe, NULL);
+    must_mount("proc", "/proc", "proc", safe, NULL);
+    port_nodes = open("/dev", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    port_list = open("/sys/class/virtio-ports", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
 static void mount_shares(const struct plan *plan) {
@@ -277,20 +299,11 @@ static void write_hosts(const char *hostname) {
 int main(void) {
     reached("init");
     umask(0);
-    make_dir("/proc", 0755);
-    make_dir("/sys", 0755);
-    must_mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
-    must_mount("sysfs", "/sys", "sysfs", 0, NULL);
-    must_mount("proc", "/proc", "proc", 0, NULL);
-    wait_for_port();
-    reached("port");
+    mount_kernel();
     static struct plan plan;
     read_plan(&plan);
-    umount2("/proc", MNT_DETACH);
-    umount2("/sys", MNT_DETACH);
     mount_root(&plan);
     reached("root");
-    umount2("/dev", MNT_DETACH);
     enter_root();
     mount_system();
     mount_shares(&plan);
@@ -300,6 +313,10 @@ int main(void) {
         fail("mount", "cannot make the root filesystem read-only");
     umask(022);
     reached("ready");
+    if (!wait_for_port()) fail("control", "there is no port named vmette.control");
+    close(port_list);
+    close(port_nodes);
+    reached("port");
     struct utsname name;
     uname(&name);
     agent_serve(port, name.release, milestones, milestone_count);
