@@ -24,6 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmette import config
 from vmette.protocol import (
     CREDIT,
     FIELD,
@@ -36,7 +37,6 @@ from vmette.protocol import (
     Channel,
     Connection,
     Event,
-    Exec,
     Exited,
     Failure,
     FrameType,
@@ -45,6 +45,7 @@ from vmette.protocol import (
     Output,
     Tag,
     decode_record,
+    encode_exec,
     encode_record,
 )
 
@@ -156,7 +157,7 @@ class Agent:
         eof: bool = True,
         reads: bool = True,
     ) -> Command:
-        stream = self.connection.exec(Exec(tuple(os.fsencode(arg) for arg in argv), env, cwd, user))
+        stream = self.connection.exec(config.Command(tuple(os.fsencode(arg) for arg in argv), env, cwd, user))
         self.commands[stream] = Command(stream, memoryview(stdin), eof, reads)
         return self.commands[stream]
 
@@ -751,7 +752,7 @@ def converse(program: Path, data: bytes) -> tuple[int, list[Frame]]:
 
 
 def exec_frame(*argv: bytes, stream: int = 1) -> bytes:
-    return frame(FrameType.EXEC, stream, Exec(argv, user=OWN_USER).encode())
+    return frame(FrameType.EXEC, stream, encode_exec(config.Command(argv, user=OWN_USER)))
 
 
 SLEEP = exec_frame(b"/bin/sleep", b"600")

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmette.config import Command
 from vmette.errors import ProtocolError
 from vmette.protocol import (
     CREDIT,
@@ -28,7 +29,6 @@ from vmette.protocol import (
     Channel,
     Connection,
     Event,
-    Exec,
     Exited,
     Failure,
     FrameType,
@@ -38,6 +38,7 @@ from vmette.protocol import (
     Tag,
     Writable,
     decode_record,
+    encode_exec,
     encode_record,
 )
 
@@ -78,7 +79,7 @@ def number(value: int) -> bytes:
 VERSION_1 = (Tag.VERSION, number(1))
 HELLO = Frame(FrameType.HELLO, 0, record(VERSION_1))
 EXIT_0 = Frame(FrameType.EXIT, 1, record((Tag.CODE, number(0))))
-TRUE = Exec((b"true",))
+TRUE = Command((b"true",))
 
 
 def receive(connection: Connection, *frames: Frame | bytes) -> list[Event]:
@@ -156,7 +157,7 @@ def test_hello_is_the_first_frame() -> None:
 
 def test_exec() -> None:
     connection = Connection()
-    command = Exec((b"prog", b"", b"\xff"), (b"A=1", b"B="), b"/tmp", b"user:group")
+    command = Command((b"prog", b"", b"\xff"), (b"A=1", b"B="), b"/tmp", b"user:group")
     assert [connection.exec(command), connection.exec(TRUE)] == [1, 2]
     _, full, plain = sent(connection)
     assert (full.kind, full.stream, plain.stream) == (FrameType.EXEC, 1, 2)
@@ -175,11 +176,11 @@ def test_exec() -> None:
 
 def test_exec_of_2_mib_is_the_largest() -> None:
     connection = Connection()
-    room = MAX_EXEC - len(Exec((b"",)).encode())
+    room = MAX_EXEC - len(encode_exec(Command((b"",))))
     with pytest.raises(ProtocolError, match="larger than 2 MiB"):
-        connection.exec(Exec((bytes(room + 1),)))
+        connection.exec(Command((bytes(room + 1),)))
     assert [frame.kind for frame in sent(connection)] == [FrameType.HELLO]
-    stream = connection.exec(Exec((bytes(room),)))
+    stream = connection.exec(Command((bytes(room),)))
     assert stream == 1
     assert len(sent(connection)[0].payload) == MAX_EXEC
 

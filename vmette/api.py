@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
 
-from .config import MachineConfig, Share
-from .errors import CalledProcessError, ConfigError, TimeoutExpired
-from .protocol import Exec, Exited
+from .config import Command, MachineConfig, Share
+from .errors import CalledProcessError, ConfigError, SandboxTimeout, TimeoutExpired
 from .providers.base import Context
-from .sandbox import Sandbox, SandboxTimeout
 from .streams import Buffer, BytesSource, Sink, Source
 from .timings import Stopwatch, Timing
 
 if TYPE_CHECKING:
+    from .protocol import Exited
     from .providers.registry import Registry
 
 MAX_OUTPUT = 256 << 20
@@ -48,35 +47,9 @@ class CompletedProcess(Generic[Text]):
             raise CalledProcessError(self.returncode, self.args, self.stdout, self.stderr)
 
 
-def command(
-    argv: Sequence[str], env: Mapping[str, str] | None = None, cwd: str | None = None, user: str | None = None
-) -> Exec:
-    """The request for `argv`, checked.
-
-    Raises:
-        ConfigError: it cannot be asked for.
-    """
-    entries = tuple(f"{name}={value}" for name, value in (env or {}).items())
-    for name in env or {}:
-        if not name or "=" in name:
-            raise ConfigError(f"environment variable {name!r}: a name is not empty and has no '='")
-    if isinstance(argv, str) or not argv or not argv[0]:
-        raise ConfigError("there is no command to run; give a program and its arguments")
-    if cwd is not None and not cwd.startswith("/"):
-        raise ConfigError(f"working directory {cwd!r} is no absolute path of the guest")
-    if any("\0" in text for text in (*argv, *entries, cwd or "", user or "")):
-        raise ConfigError("the command, its environment, directory or user has a NUL byte")
-    return Exec(
-        tuple(map(os.fsencode, argv)),
-        tuple(map(os.fsencode, entries)),
-        None if cwd is None else os.fsencode(cwd),
-        None if user is None else user.encode(),
-    )
-
-
 def execute(
     config: MachineConfig,
-    request: Exec,
+    command: Command,
     stdin: Source,
     stdout: Sink,
     stderr: Sink,
@@ -85,7 +58,7 @@ def execute(
     timeout: float | None = None,
     debug: Callable[[str], None] | None = None,
 ) -> Exited:
-    """Boots a VM of `config`, runs `request` in it, and ends it.
+    """Boots a VM of `config`, runs `command` in it, and ends it.
 
     Raises:
         SandboxTimeout: `timeout` seconds have passed.
@@ -94,9 +67,17 @@ def execute(
     if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
         raise ConfigError(f"a time-out of {timeout} seconds cannot be kept")
     deadline = None if timeout is None else time.monotonic() + timeout
-    with Sandbox(config, stopwatch, deadline=deadline, debug=debug) as sandbox:
-        exited = sandbox.run(request, stdin, stdout, stderr)
-        sandbox.finish()
+    from .vmm.qemu import QemuMachine, choose_accel
+
+    accel = choose_accel(config)
+    stopwatch.reached("vmm")
+    with QemuMachine(config, accel) as machine:
+        # The VM comes first: what talks to it is imported while it boots.
+        from .sandbox import Sandbox
+
+        with Sandbox(machine, stopwatch, deadline=deadline, debug=debug) as sandbox:
+            exited = sandbox.run(command, stdin, stdout, stderr)
+            sandbox.finish()
     return exited
 
 
@@ -214,7 +195,7 @@ def run(
     from .providers.registry import default_registry
 
     stopwatch = Stopwatch()
-    request = command(argv, env, cwd, user)
+    command = Command.of(argv, env, cwd, user)
     arch = assets.canonical_arch(arch) if arch else assets.host_arch()
     context = Context(assets.cache_root(), offline, arch=arch)
     config = MachineConfig(
@@ -233,7 +214,7 @@ def run(
     stdout, stderr = Buffer(max_output), Buffer(max_output)
     stdin = BytesSource(input.encode() if isinstance(input, str) else input or b"")
     try:
-        exited = execute(config, request, stdin, stdout, stderr, stopwatch=stopwatch, timeout=timeout)
+        exited = execute(config, command, stdin, stdout, stderr, stopwatch=stopwatch, timeout=timeout)
     except SandboxTimeout:
         assert timeout is not None
         output = [_text(b.data) if text else bytes(b.data) for b in (stdout, stderr)]

@@ -1,9 +1,11 @@
-"""What a microVM is made of, checked as it is written down."""
+"""What a microVM is made of and what runs in it, checked as it is written down."""
 
 from __future__ import annotations
 
+import os
 import re
 import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +65,42 @@ class Share:
         if not path:  # which Path would take for "."
             raise ConfigError(f"share {text!r} is malformed: it is TAG=PATH or TAG=PATH:ro")
         return cls(tag, Path(path), read_only)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the guest is to run. `env` is the whole environment; the guest adds PATH and HOME where they are missing."""
+
+    argv: tuple[bytes, ...]
+    env: tuple[bytes, ...] = ()
+    cwd: bytes | None = None
+    user: bytes | None = None
+
+    @classmethod
+    def of(
+        cls, argv: Sequence[str], env: Mapping[str, str] | None = None, cwd: str | None = None, user: str | None = None
+    ) -> Command:
+        """The command that these words ask for.
+
+        Raises:
+            ConfigError: it cannot be asked for.
+        """
+        entries = tuple(f"{name}={value}" for name, value in (env or {}).items())
+        for name in env or {}:
+            if not name or "=" in name:
+                raise ConfigError(f"environment variable {name!r}: a name is not empty and has no '='")
+        if isinstance(argv, str) or not argv or not argv[0]:
+            raise ConfigError("there is no command to run; give a program and its arguments")
+        if cwd is not None and not cwd.startswith("/"):
+            raise ConfigError(f"working directory {cwd!r} is no absolute path of the guest")
+        if any("\0" in text for text in (*argv, *entries, cwd or "", user or "")):
+            raise ConfigError("the command, its environment, directory or user has a NUL byte")
+        return cls(
+            tuple(map(os.fsencode, argv)),
+            tuple(map(os.fsencode, entries)),
+            None if cwd is None else os.fsencode(cwd),
+            None if user is None else user.encode(),
+        )
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ class VmetteError(Exception):
     exit_code = 125
 
 
+class SandboxTimeout(Exception):
+    """The deadline passed. Only within vmette: callers get TimeoutExpired, with what the command had written."""
+
+
 class ConfigError(VmetteError):
     """A value that the caller gave cannot be used."""
 

@@ -6,10 +6,24 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from .errors import ProtocolError
 
-__all__ = ["Channel", "Connection", "Event", "Exec", "FrameType", "Milestone", "Tag", "decode_record", "encode_record"]
+if TYPE_CHECKING:
+    from .config import Command
+
+__all__ = [
+    "Channel",
+    "Connection",
+    "Event",
+    "FrameType",
+    "Milestone",
+    "Tag",
+    "decode_record",
+    "encode_exec",
+    "encode_record",
+]
 
 VERSION = 1
 HEADER = struct.Struct("<BBHII")
@@ -157,24 +171,15 @@ class Writable:
 Event = Hello | Failure | Output | Exited | Writable
 
 
-@dataclass(frozen=True)
-class Exec:
-    """What EXEC asks for. `env` is the whole environment; the guest adds PATH and HOME where they are missing."""
-
-    argv: tuple[bytes, ...]
-    env: tuple[bytes, ...] = ()
-    cwd: bytes | None = None
-    user: bytes | None = None
-
-    def encode(self) -> bytes:
-        """The payload of the EXEC frame."""
-        fields = [(Tag.ARG, arg) for arg in self.argv] + [(Tag.ENV, entry) for entry in self.env]
-        if self.cwd is not None:
-            fields.append((Tag.CWD, self.cwd))
-        if self.user is not None:
-            fields.append((Tag.USER, self.user))
-        fields.append((Tag.FLAGS, U32.pack(0)))
-        return encode_record(fields)
+def encode_exec(command: Command) -> bytes:
+    """The payload of the EXEC frame for `command`."""
+    fields = [(Tag.ARG, arg) for arg in command.argv] + [(Tag.ENV, entry) for entry in command.env]
+    if command.cwd is not None:
+        fields.append((Tag.CWD, command.cwd))
+    if command.user is not None:
+        fields.append((Tag.USER, command.user))
+    fields.append((Tag.FLAGS, U32.pack(0)))
+    return encode_record(fields)
 
 
 @dataclass
@@ -214,13 +219,13 @@ class Connection:
         """Bytes to be written to the port: delete from its front what has been written."""
         return self._out
 
-    def exec(self, command: Exec) -> int:
+    def exec(self, command: Command) -> int:
         """Starts a command and returns its stream number.
 
         Raises:
             ProtocolError: the arguments and environment are larger than the protocol carries (2 MiB).
         """
-        payload = command.encode()
+        payload = encode_exec(command)
         if len(payload) > MAX_EXEC:
             raise ProtocolError("the command's arguments and environment are larger than 2 MiB")
         self._last_stream += 1

@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .errors import CommandNotStarted, GuestError, VmetteError, VmmError
-from .protocol import Channel, Connection, Event, Exec, Exited, Failure, Hello, Output
+from .errors import CommandNotStarted, GuestError, SandboxTimeout, VmetteError, VmmError
+from .protocol import Channel, Connection, Event, Exited, Failure, Hello, Output
 from .streams import Sink, Source
 from .timings import Stopwatch
 
 if TYPE_CHECKING:
-    from .config import MachineConfig
+    from .config import Command
+    from .vmm.qemu import QemuMachine
 
 BOOT_SECONDS = 120.0
 """A guest that has not said hello by then never will, however busy this host is."""
@@ -29,10 +30,6 @@ LAST_WORDS = 20
 
 WRITABLE = select.POLLOUT
 READABLE = select.POLLIN
-
-
-class SandboxTimeout(Exception):
-    """The deadline passed. Only within vmette: callers get TimeoutExpired, with what the command had written."""
 
 
 class Console:
@@ -69,26 +66,20 @@ class Sandbox:
     """One microVM. A context manager: at its end the VM is gone, whatever happened.
 
     Args:
-        config: What the VM is made of.
+        machine: The VM, which has just been started. It is closed with the sandbox.
         stopwatch: Notes the milestones.
         deadline: A time of `time.monotonic` by which all must be over.
         debug: Is called with each line of the guest's console.
-
-    Raises:
-        VmmError: the virtual machine monitor does not start.
     """
 
     def __init__(
         self,
-        config: MachineConfig,
+        machine: QemuMachine,
         stopwatch: Stopwatch,
         *,
         deadline: float | None = None,
         debug: Callable[[str], None] | None = None,
     ) -> None:
-        from .vmm.qemu import QemuMachine, choose_accel
-
-        accel = choose_accel(config)
         self._stopwatch = stopwatch
         self._deadline = deadline
         self._console = Console(debug)
@@ -97,10 +88,9 @@ class Sandbox:
         self._hello = False
         self._crippled: float | None = None
         """When a program that serves the VM has ended."""
-        self._writes_to_host = any(not share.read_only for share in config.shares)
-        stopwatch.reached("vmm")
+        self._writes_to_host = any(not share.read_only for share in machine.config.shares)
         self._started = time.monotonic()
-        self._machine = QemuMachine(config, accel)
+        self._machine = machine
         self._machine.control.setblocking(False)
         self._machine.console.setblocking(False)
         os.set_blocking(self._machine.errors, False)
@@ -120,7 +110,7 @@ class Sandbox:
 
     # --- running a command
 
-    def run(self, command: Exec, stdin: Source, stdout: Sink, stderr: Sink) -> Exited:
+    def run(self, command: Command, stdin: Source, stdout: Sink, stderr: Sink) -> Exited:
         """Runs `command` to its end and passes its streams on, byte for byte. Its output has been written then.
 
         Raises:
@@ -316,7 +306,7 @@ def _drain(fd: int) -> bytes | None:
         raise
 
 
-def _not_started(command: Exec, failure: Failure) -> VmetteError:
+def _not_started(command: Command, failure: Failure) -> VmetteError:
     name = os.fsdecode(command.argv[0])
     if failure.stage != "exec":
         return CommandNotStarted(f"cannot run {name!r}: {failure.stage}: {failure.text}", VmetteError.exit_code)

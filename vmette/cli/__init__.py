@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -107,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         complain(f"vmette: {error}")
         return VmetteError.exit_code
+    finally:
+        gc.freeze()  # At its end Python would search all that it has loaded for garbage: 8 ms for nothing.
 
 
 def _open_standard_streams() -> None:

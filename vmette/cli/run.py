@@ -10,13 +10,11 @@ from pathlib import Path
 import click
 
 from .. import assets
-from ..api import command as request_for
 from ..api import execute
-from ..config import ACCELERATORS, MachineConfig, Share
-from ..errors import ConfigError, TimeoutExpired
+from ..config import ACCELERATORS, Command, MachineConfig, Share
+from ..errors import ConfigError, SandboxTimeout, TimeoutExpired
 from ..providers.base import Context
 from ..providers.registry import default_registry
-from ..sandbox import SandboxTimeout
 from ..streams import FdSink, FdSource
 from ..timings import Stopwatch
 from . import complain
@@ -104,7 +102,7 @@ def command(
         arguments = ["/bin/sh", "-c", shell_line]
     if not arguments:
         raise click.UsageError("there is no command to run: give COMMAND, or a line with --exec")
-    request = request_for(arguments, _environment(env), workdir, user)
+    request = Command.of(arguments, _environment(env), workdir, user)
     arch = assets.canonical_arch(arch) if arch else assets.host_arch()
     parsed_shares = tuple(Share.parse(text) for text in shares)
     artifact = default_registry().resolve(rootfs, Context(assets.cache_root(), offline, arch=arch))

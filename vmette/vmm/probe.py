@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import tempfile
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,20 +23,26 @@ def identity(path: Path) -> str:
 
 def remembered(question: str, facts: Mapping[str, str], ask: Callable[[], bool]) -> bool:
     """The answer of `ask`, which is called once for each `question` and the `facts` that it depends on."""
-    key = hashlib.sha256(json.dumps([question, dict(facts)], sort_keys=True).encode()).hexdigest()
-    path = assets.cache_root() / "probes" / f"{question}-{key[:32]}.json"
+    facts = dict(facts)
+    # The file's name only has to differ as a rule: the facts in it are compared. (This runs at every start of a VM, and
+    # hashlib would bring in OpenSSL.)
+    key = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    path = assets.cache_root() / "probes" / f"{question}-{key:08x}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
-        if isinstance(known := json.loads(path.read_text())["answer"], bool):
-            return known
+        known = json.loads(path.read_text())
+        if known["facts"] == facts and isinstance(known["answer"], bool):
+            return bool(known["answer"])
     answer = ask()
     try:
-        _write(path, json.dumps({"answer": answer, "facts": dict(facts)}, indent=1))
+        _write(path, json.dumps({"answer": answer, "facts": facts}, indent=1))
     except OSError as error:  # a full disk makes the next run slower, not wrong
         logger.info("cannot remember that %s is %s: %s", question, answer, error)
     return answer
 
 
 def _write(path: Path, text: str) -> None:
+    import tempfile
+
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd, staging = tempfile.mkstemp(dir=path.parent, prefix=".")
     try:

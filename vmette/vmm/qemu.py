@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import assets
 from ..config import ROOT_TAG, MachineConfig, Share
 from ..errors import ProtocolError, VmmError
 from ..protocol import Connection
 from ..providers.base import BlockImage, Directory
-from . import probe, virtiofsd
+from . import probe
 from .cmdline import kernel_cmdline
-from .spawn import Child, spawn
+from .spawn import Child, find_program, spawn
+
+if TYPE_CHECKING:
+    from . import virtiofsd
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +55,12 @@ def binary(arch: str) -> Path:
         VmmError: it is not installed.
     """
     name = f"qemu-system-{arch}"
-    found = shutil.which(name)
+    found = find_program(name)
     if found is None:
-        commands = [command[arch] for manager, command in PACKAGES.items() if shutil.which(manager)]
+        commands = [command[arch] for manager, command in PACKAGES.items() if find_program(manager)]
         hint = commands[0] if commands else " or ".join(command[arch] for command in PACKAGES.values())
         raise VmmError(f"{name} is not installed: {hint}")
-    return Path(found)
+    return found
 
 
 def choose_accel(config: MachineConfig) -> str:
@@ -120,7 +123,11 @@ def file_server(accel: str) -> virtiofsd.Virtiofsd | None:
     code that it has run from a page, and does not learn that the page now holds other code: programs read over
     virtio-fs then crash, reproducibly with QEMU 10 (with a translation cache too small to keep much, they do not).
     """
-    return virtiofsd.find() if accel == "kvm" else None
+    if accel != "kvm":
+        return None
+    from . import virtiofsd
+
+    return virtiofsd.find()
 
 
 class QemuMachine:

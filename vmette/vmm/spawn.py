@@ -7,8 +7,16 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from ..errors import VmmError
+
+
+def find_program(name: str) -> Path | None:
+    """The program `name` on this process's PATH."""
+    # shutil.which would load three compression libraries at each start.
+    candidates = (Path(directory, name) for directory in os.get_exec_path())
+    return next((path for path in candidates if path.is_file() and os.access(path, os.X_OK)), None)
 
 
 class Child:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from ..errors import VmmError
 from . import probe
-from .spawn import Child, spawn
+from .spawn import Child, find_program, spawn
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +110,7 @@ class Virtiofsd:
 
 def locate() -> Path | None:
     """The virtiofsd of this host."""
-    found = shutil.which("virtiofsd")
-    return next((Path(path) for path in (*((found,) if found else ()), *LOCATIONS) if os.access(path, os.X_OK)), None)
+    return find_program("virtiofsd") or next((Path(path) for path in LOCATIONS if os.access(path, os.X_OK)), None)
 
 
 def find() -> Virtiofsd | None:
