@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
 
 from .config import Command, MachineConfig, Share
 from .errors import CalledProcessError, ConfigError, SandboxTimeout, TimeoutExpired
-from .providers.base import Context
+from .providers.base import Context, Progress
 from .streams import Buffer, BytesSource, Sink, Source
 from .timings import Stopwatch, Timing
 
@@ -84,7 +84,7 @@ def execute(
 @overload
 def run(
     rootfs: str | os.PathLike[str],
-    argv: Sequence[str],
+    argv: Sequence[str] = ...,
     *,
     text: Literal[False] = ...,
     env: Mapping[str, str] | None = ...,
@@ -98,6 +98,11 @@ def run(
     mem_mib: int = ...,
     rootfs_ro: bool = ...,
     offline: bool = ...,
+    pull: str = ...,
+    platform: str | None = ...,
+    rootfs_form: str = ...,
+    entrypoint: Sequence[str] | None = ...,
+    progress: Callable[[Progress], None] | None = ...,
     kernel: str | os.PathLike[str] | None = ...,
     initramfs: str | os.PathLike[str] | None = ...,
     cmdline: str = ...,
@@ -111,7 +116,7 @@ def run(
 @overload
 def run(
     rootfs: str | os.PathLike[str],
-    argv: Sequence[str],
+    argv: Sequence[str] = ...,
     *,
     text: Literal[True],
     env: Mapping[str, str] | None = ...,
@@ -125,6 +130,11 @@ def run(
     mem_mib: int = ...,
     rootfs_ro: bool = ...,
     offline: bool = ...,
+    pull: str = ...,
+    platform: str | None = ...,
+    rootfs_form: str = ...,
+    entrypoint: Sequence[str] | None = ...,
+    progress: Callable[[Progress], None] | None = ...,
     kernel: str | os.PathLike[str] | None = ...,
     initramfs: str | os.PathLike[str] | None = ...,
     cmdline: str = ...,
@@ -137,7 +147,7 @@ def run(
 
 def run(
     rootfs: str | os.PathLike[str],
-    argv: Sequence[str],
+    argv: Sequence[str] = (),
     *,
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
@@ -151,6 +161,11 @@ def run(
     mem_mib: int = 512,
     rootfs_ro: bool = False,
     offline: bool = False,
+    pull: str = "missing",
+    platform: str | None = None,
+    rootfs_form: str = "block",
+    entrypoint: Sequence[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
     kernel: str | os.PathLike[str] | None = None,
     initramfs: str | os.PathLike[str] | None = None,
     cmdline: str = "",
@@ -163,10 +178,12 @@ def run(
 
     Args:
         rootfs: A spec that a provider claims: a directory, `builtin://base`, ….
-        argv: The program, looked up in the guest's PATH, and its arguments. There is no shell in between.
-        env: The command's environment; PATH and HOME are added where they are missing. Nothing of the host's.
-        cwd: An absolute path of the guest; `/` by default.
-        user: `user[:group]`, names of the guest or numbers; root by default.
+        argv: The program, looked up in the guest's PATH, and its arguments. There is no shell in between. An image's
+            Entrypoint comes before it, and its Cmd in place of an empty one.
+        env: The command's environment, added to the image's; PATH and HOME are added where they are missing. There is
+            nothing of the host's.
+        cwd: An absolute path of the guest; the image's WorkingDir or `/` by default.
+        user: `user[:group]`, names of the guest or numbers; the image's User or root by default.
         input: The command's stdin, which is empty otherwise.
         timeout: Seconds for the whole run, boot included, once the root filesystem is at hand.
         check: Raise if the status is not 0.
@@ -176,6 +193,12 @@ def run(
         mem_mib: Memory in MiB.
         rootfs_ro: The root filesystem cannot be written to. (What is written otherwise goes with the VM.)
         offline: Providers use what their caches hold and no network.
+        pull: When a registry is asked: `missing` (the cache has it not, or had it checked over an hour ago), `always`
+            or `never`.
+        platform: Of the image, `os/arch[/variant]`; linux on `arch` by default.
+        rootfs_form: What layers are made into: a `block` image, or a `directory`.
+        entrypoint: In place of the image's Entrypoint; empty is none.
+        progress: Is told how long work goes, from several threads.
         kernel: Another kernel.
         initramfs: Another initramfs.
         cmdline: More kernel parameters.
@@ -195,11 +218,21 @@ def run(
     from .providers.registry import default_registry
 
     stopwatch = Stopwatch()
-    command = Command.of(argv, env, cwd, user)
+    Command.of(argv or ["-"], env, cwd, user)  # what is wrong with it is said before all else
     arch = assets.canonical_arch(arch) if arch else assets.host_arch()
-    context = Context(assets.cache_root(), offline, arch=arch)
+    context = Context(
+        assets.cache_root(),
+        offline,
+        arch=arch,
+        pull=pull,
+        platform=platform,
+        form=rootfs_form,
+        progress=progress or (lambda _: None),
+    )
+    artifact = (registry or default_registry()).resolve(os.fspath(rootfs), context)
+    command = Command.of(argv, env, cwd, user, image=artifact.config, entrypoint=entrypoint)
     config = MachineConfig(
-        (registry or default_registry()).resolve(os.fspath(rootfs), context),
+        artifact,
         shares=tuple(shares),
         vcpus=vcpus,
         mem_mib=mem_mib,
@@ -210,6 +243,7 @@ def run(
         arch=arch,
         accel=accel,
     )
+    words = tuple(map(os.fsdecode, command.argv))
     stopwatch.reached("rootfs")
     stdout, stderr = Buffer(max_output), Buffer(max_output)
     stdin = BytesSource(input.encode() if isinstance(input, str) else input or b"")
@@ -218,14 +252,14 @@ def run(
     except SandboxTimeout:
         assert timeout is not None
         output = [_text(b.data) if text else bytes(b.data) for b in (stdout, stderr)]
-        raise TimeoutExpired(argv, timeout, *output) from None
+        raise TimeoutExpired(words, timeout, *output) from None
     status = -exited.signal if exited.signal is not None else exited.code or 0
     completed: CompletedProcess[bytes] | CompletedProcess[str]
     if text:
         output_text = _text(stdout.data), _text(stderr.data)
-        completed = CompletedProcess(tuple(argv), status, *output_text, stopwatch.timings)
+        completed = CompletedProcess(words, status, *output_text, stopwatch.timings)
     else:
-        completed = CompletedProcess(tuple(argv), status, bytes(stdout.data), bytes(stderr.data), stopwatch.timings)
+        completed = CompletedProcess(words, status, bytes(stdout.data), bytes(stderr.data), stopwatch.timings)
     if check:
         completed.check_returncode()
     return completed

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import assets
 from .errors import ConfigError, PayloadError, reason
-from .providers.base import Artifact, BlockImage
+from .providers.base import Artifact, BlockImage, ImageConfig
 
 ACCELERATORS = ("auto", "kvm", "tcg")
 MAX_VCPUS = 16
@@ -78,18 +78,43 @@ class Command:
 
     @classmethod
     def of(
-        cls, argv: Sequence[str], env: Mapping[str, str] | None = None, cwd: str | None = None, user: str | None = None
+        cls,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        *,
+        image: ImageConfig | None = None,
+        entrypoint: Sequence[str] | None = None,
     ) -> Command:
-        """The command that these words ask for.
+        """The command that these words ask for, and `image` where they say nothing, as Docker has it.
+
+        Args:
+            argv: The program and its arguments; after an entrypoint, arguments only. Empty is the image's Cmd.
+            env: Added to the image's.
+            cwd: In place of the image's WorkingDir.
+            user: In place of the image's User.
+            image: What the image says.
+            entrypoint: In place of the image's Entrypoint, and of its Cmd too; empty is none.
 
         Raises:
             ConfigError: it cannot be asked for.
         """
+        if isinstance(argv, str):
+            raise ConfigError("the command is one string; give a list: a program and its arguments")
+        if image is not None:
+            argv = argv or (image.cmd if entrypoint is None else ())
+            argv = [*(image.entrypoint if entrypoint is None else entrypoint), *argv]
+            env = {**dict(image.env), **(env or {})}
+            cwd = cwd or (image.working_dir and f"/{image.working_dir.lstrip('/')}")
+            user = user or image.user
+        elif entrypoint:
+            argv = [*entrypoint, *argv]
         entries = tuple(f"{name}={value}" for name, value in (env or {}).items())
         for name in env or {}:
             if not name or "=" in name:
                 raise ConfigError(f"environment variable {name!r}: a name is not empty and has no '='")
-        if isinstance(argv, str) or not argv or not argv[0]:
+        if not argv or not argv[0]:
             raise ConfigError("there is no command to run; give a program and its arguments")
         if cwd is not None and not cwd.startswith("/"):
             raise ConfigError(f"working directory {cwd!r} is no absolute path of the guest")

@@ -18,6 +18,9 @@ from ..errors import GuestError, VmetteError
 
 COMMANDS = {
     "run": "Run a command in a fresh microVM.",
+    "pull": "Fetch an image into the cache.",
+    "images": "List the images in the cache.",
+    "cache": "See what the cache holds, and clear it.",
     "providers": "List what a rootfs can be.",
     "doctor": "Check what this computer has for vmette.",
     "completion": "Print the shell's completion script.",
@@ -71,6 +74,7 @@ def group() -> None:
 
     \b
     vmette run builtin://base -- uname -a         the root filesystem that vmette carries
+    vmette run alpine:3.20 sh -c 'echo hello'      an image of a registry
     vmette run ./tree -- sh -c 'echo $0; id'      a directory; nothing in it is changed
     echo 2+2 | vmette run builtin://base -- bc    stdin, stdout, stderr and exit code are the command's
     vmette run --help                             all that a run can be told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ from .. import assets
 from ..api import execute
 from ..config import ACCELERATORS, Command, MachineConfig, Share
 from ..errors import ConfigError, SandboxTimeout, TimeoutExpired
-from ..providers.base import Context
+from ..providers.base import FORMS, PULL_POLICIES, Artifact, Context
 from ..providers.registry import default_registry
 from ..streams import FdSink, FdSource
 from ..timings import Stopwatch
@@ -42,6 +43,14 @@ from . import complain
     "--rootfs-ro", is_flag=True, help="Make the root filesystem read-only. Without it, changes go with the VM."
 )
 @click.option("--offline", is_flag=True, help="Use what the cache holds, and no network.")
+@click.option(
+    "--pull", type=click.Choice(PULL_POLICIES), default="missing", show_default=True, help="When to ask the registry."
+)
+@click.option("--platform", metavar="OS/ARCH", help="The image's platform.  [default: linux on --arch]")
+@click.option(
+    "--rootfs-form", type=click.Choice(FORMS), default="block", show_default=True, help="What layers are made into."
+)
+@click.option("--entrypoint", metavar="PROGRAM", help="In place of the image's entrypoint; an empty one is none.")
 @click.option("--kernel", type=click.Path(path_type=Path), help="Boot another kernel.")
 @click.option("--initramfs", type=click.Path(path_type=Path), help="Boot another initramfs.")
 @click.option("--cmdline", default="", metavar="TEXT", help="More kernel parameters.")
@@ -63,6 +72,10 @@ def command(
     timeout: float | None,
     rootfs_ro: bool,
     offline: bool,
+    pull: str,
+    platform: str | None,
+    rootfs_form: str,
+    entrypoint: str | None,
     kernel: Path | None,
     initramfs: Path | None,
     cmdline: str,
@@ -75,8 +88,9 @@ def command(
 ) -> int:
     r"""Run COMMAND in a fresh microVM whose root filesystem is ROOTFS.
 
-    ROOTFS is builtin://base, or a directory (`vmette providers` lists all kinds). It is never changed: what the
-    command writes is gone with the VM, but for what it writes to a --share.
+    ROOTFS is builtin://base, a directory, or an image such as alpine:3.20 (`vmette providers` lists all kinds). It is
+    never changed: what the command writes is gone with the VM, but for what it writes to a --share. An image has its
+    own entrypoint, command, environment, user and directory, as under Docker.
 
     stdin, stdout and stderr are the command's own, and so is the exit code: 0 to 255, or 128 and the number of the
     signal that ended it. 124: time-out, 125: vmette failed, 126: COMMAND cannot be executed, 127: there is none,
@@ -84,10 +98,11 @@ def command(
 
     \b
     vmette run builtin://base -- uname -a
+    vmette run alpine:3.20 cat /etc/os-release
     vmette run --share src=.:ro -w /mnt/src builtin://base -- find .
     vmette run --timeout 5 --mem-mib 256 --exec 'echo $((6 * 7))' builtin://base
     """
-    _set_up_logging(quiet=quiet, debug=debug)
+    set_up_logging(quiet=quiet, debug=debug)
     stopwatch = Stopwatch(_process_start())
     stopwatch.reached("python")
     arguments = list(words)
@@ -100,12 +115,17 @@ def command(
         if arguments:
             raise click.UsageError("--exec and COMMAND exclude each other")
         arguments = ["/bin/sh", "-c", shell_line]
-    if not arguments:
-        raise click.UsageError("there is no command to run: give COMMAND, or a line with --exec")
-    request = Command.of(arguments, _environment(env), workdir, user)
+        entrypoint = ""
+    environment = _environment(env)
+    Command.of(arguments or ["-"], environment, workdir, user)  # what is wrong with it is said before all else
     arch = assets.canonical_arch(arch) if arch else assets.host_arch()
     parsed_shares = tuple(Share.parse(text) for text in shares)
-    artifact = default_registry().resolve(rootfs, Context(assets.cache_root(), offline, arch=arch))
+    context = Context(assets.cache_root(), offline, arch=arch, pull=pull, platform=platform, form=rootfs_form)
+    artifact = resolve(rootfs, context, quiet=quiet)
+    program = None if entrypoint is None else [entrypoint] if entrypoint else []
+    if not arguments and not program and not (artifact.config and (artifact.config.entrypoint or artifact.config.cmd)):
+        raise click.UsageError("there is no command to run: give COMMAND, or a line with --exec")
+    request = Command.of(arguments, environment, workdir, user, image=artifact.config, entrypoint=program)
     config = MachineConfig(
         artifact,
         shares=parsed_shares,
@@ -131,11 +151,22 @@ def command(
             debug=(lambda line: complain(f"[guest] {line}")) if debug else None,
         )
     except SandboxTimeout:
-        raise TimeoutExpired(arguments, timeout or 0, None, None) from None
+        raise TimeoutExpired([*map(os.fsdecode, request.argv)], timeout or 0, None, None) from None
     finally:
         if timings:
             _print_timings(stopwatch)
     return 128 + exited.signal if exited.signal is not None else exited.code or 0
+
+
+def resolve(spec: str, context: Context, *, quiet: bool) -> Artifact:
+    """What `spec` is, with a display of what takes long."""
+    registry = default_registry()
+    if quiet:
+        return registry.resolve(spec, context)
+    from .progress import ProgressDisplay
+
+    with ProgressDisplay() as display:
+        return registry.resolve(spec, replace(context, progress=display))
 
 
 def _environment(entries: tuple[str, ...]) -> dict[str, str]:
@@ -148,7 +179,8 @@ def _environment(entries: tuple[str, ...]) -> dict[str, str]:
     return environment
 
 
-def _set_up_logging(*, quiet: bool, debug: bool) -> None:
+def set_up_logging(*, quiet: bool, debug: bool) -> None:
+    """Has what vmette logs on stderr: warnings, with `debug` all, with `quiet` errors."""
     level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
     logging.basicConfig(level=level, format="vmette: %(message)s")
 

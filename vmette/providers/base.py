@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from ..errors import VmetteError
+from ..errors import ConfigError, VmetteError
 
 
 class BlockFs(Enum):
@@ -21,11 +22,25 @@ class BlockFs(Enum):
 
 
 @dataclass(frozen=True)
+class ImageConfig:
+    """What an image says about running it (the `config` of OCI's image-spec, config.md)."""
+
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    user: str | None = None
+    """`user[:group]`, names of the image's own files or numbers."""
+    working_dir: str | None = None
+    stop_signal: str | None = None
+
+
+@dataclass(frozen=True)
 class Directory:
     """A directory of the host that becomes the root filesystem, shared over virtio-fs or 9p."""
 
     path: Path
     read_only: bool = False
+    config: ImageConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,7 @@ class BlockImage:
 
     path: Path
     fstype: BlockFs
+    config: ImageConfig | None = None
 
 
 Artifact = Directory | BlockImage
@@ -71,6 +87,32 @@ class ProviderIOError(ProviderError):
         super().__init__(f"io: {error}")
 
 
+class Cancelled(ProviderError):
+    """The caller has asked for an end."""
+
+    exit_code = 130
+
+    def __init__(self) -> None:
+        super().__init__("cancelled")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a provider is with one part of its work."""
+
+    part: str
+    """Names the part among those of this spec: the first digits of a layer's digest."""
+    state: str
+    """`downloading`, `unpacking`, `ready`, or `cached`."""
+    done: int = 0
+    total: int | None = None
+    """Bytes; None if nobody knows."""
+
+
+PULL_POLICIES = ("missing", "always", "never")
+FORMS = ("block", "directory")
+
+
 @dataclass(frozen=True)
 class Context:
     """What a provider is told of its surroundings."""
@@ -81,6 +123,23 @@ class Context:
     """Where `vsock-send` and `vsock-runner` for the guest lie."""
     arch: str | None = None
     """The guest's architecture; None is the host's."""
+    pull: str = "missing"
+    """When the network is asked for an image: `missing` (what is not cached, or was fetched too long ago), `always`,
+    `never`."""
+    platform: str | None = None
+    """Of an image for several platforms, `os/arch[/variant]`; None is linux on `arch`."""
+    form: str = "block"
+    """What layers become: a `block` image, or a `directory`."""
+    progress: Callable[[Progress], None] = lambda _: None
+    """Is told how long work goes; from several threads."""
+    cancelled: Callable[[], bool] = lambda: False
+    """Is asked now and then whether to give up."""
+
+    def __post_init__(self) -> None:
+        if self.pull not in PULL_POLICIES:
+            raise ConfigError(f"pull policy {self.pull!r} is not known; there are {', '.join(PULL_POLICIES)}")
+        if self.form not in FORMS:
+            raise ConfigError(f"rootfs form {self.form!r} is not known; there are {', '.join(FORMS)}")
 
     def provider_cache(self, name: str) -> Path:
         """The provider's own directory below `cache_root`, made if it is missing.

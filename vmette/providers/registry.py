@@ -79,6 +79,14 @@ def _installed() -> Iterator[RootfsProvider]:
             )
 
 
+def _others() -> Iterator[RootfsProvider]:
+    """What is not asked for every start: the providers of other packages, then the one that claims every name."""
+    from .oci.provider import OciProvider
+
+    yield from _installed()
+    yield OciProvider()
+
+
 def default_registry() -> Registry:
-    """The built-in providers, then those that other packages installed."""
-    return Registry((BuiltinProvider(), DirProvider()), _installed)
+    """The built-in providers and those that other packages installed; images, of which every name may be one, last."""
+    return Registry((BuiltinProvider(), DirProvider()), _others)

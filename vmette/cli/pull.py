@@ -1,0 +1,30 @@
+"""`vmette pull`."""
+
+from __future__ import annotations
+
+import click
+
+from .. import assets
+from ..providers.base import FORMS, BlockImage, Context
+from .run import resolve, set_up_logging
+
+
+@click.command()
+@click.argument("spec")
+@click.option("--platform", metavar="OS/ARCH", help="The image's platform.  [default: linux on --arch]")
+@click.option("--arch", help="x86_64 or aarch64.  [default: the host's]")
+@click.option(
+    "--rootfs-form", type=click.Choice(FORMS), default="block", show_default=True, help="What layers are made into."
+)
+@click.option("--quiet", is_flag=True, help="Print nothing but the path and errors.")
+def command(spec: str, platform: str | None, arch: str | None, rootfs_form: str, quiet: bool) -> None:
+    """Fetch SPEC now, so that `vmette run` finds it in the cache, and print the path of what it has become."""
+    set_up_logging(quiet=quiet, debug=False)
+    machine = assets.canonical_arch(arch) if arch else assets.host_arch()
+    context = Context(assets.cache_root(), arch=machine, pull="always", platform=platform, form=rootfs_form)
+    artifact = resolve(spec, context, quiet=quiet)
+    click.echo(str(artifact.path))
+    if not quiet and isinstance(artifact, BlockImage):
+        from .progress import human
+
+        click.echo(f"{artifact.fstype}, {human(artifact.path.stat().st_size)}", err=True)

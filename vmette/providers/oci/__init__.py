@@ -1,0 +1,1 @@
+"""`oci`: container images from registries that speak the OCI distribution protocol."""
