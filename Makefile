@@ -9,8 +9,8 @@ BIN := .venv/bin
 PACKAGES := gcc libc6-dev make python3-dev python3-venv \
             bc bison flex libelf-dev linux-source-6.12 xz-utils \
             busybox-static squashfs-tools qemu-system-x86
-# The tests boot a real Debian tree, and check the initramfs with somebody else's program.
-TEST_PACKAGES := $(PACKAGES) cpio mmdebstrap
+# The tests boot a real Debian tree, pull from a real registry, and check what we write with other people's programs.
+TEST_PACKAGES := $(PACKAGES) cpio docker-registry erofs-utils mmdebstrap openssl skopeo umoci zstd
 AARCH64_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross mmdebstrap qemu-system-arm
 
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.c csrc/*.h csrc/*.py)
@@ -22,6 +22,7 @@ run: payload
 	$(BIN)/vmette run builtin://base -- uname -a
 	@echo
 	@echo "That was Linux in a microVM. Next, try:"
+	@echo "  $(BIN)/vmette run alpine:3.20 cat /etc/os-release"
 	@echo "  $(BIN)/vmette run --share here=.:ro builtin://base -- ls -l /mnt/here"
 	@echo "  $(BIN)/vmette run --help"
 
