@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ...errors import reason
 from ..base import InvalidSpec, ProviderIOError
@@ -29,6 +29,13 @@ def _hash(file: BinaryIO, algorithm: str) -> str:
     while data := file.read(_CHUNK):
         digest.update(data)
     return digest.hexdigest()
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ProviderIOError(f"{path}: {reason(error)}") from error
 
 
 class Layout:
@@ -62,10 +69,9 @@ class Layout:
     def _chosen(self, platform: Platform) -> Descriptor:
         if not self._tag:
             return manifest.choose(self._index, platform, self.what)
-        entries: list[Any] = json.loads(self._index).get("manifests") or []
         names = []
-        for entry in entries:
-            annotations = entry.get("annotations") if isinstance(entry, dict) else None
+        for entry in manifest.entries(self._index, self.what):
+            annotations = entry.get("annotations")
             name = annotations.get(REF_NAME) if isinstance(annotations, dict) else None
             if name == self._tag:
                 return manifest.descriptor(entry, self.what)
@@ -84,14 +90,15 @@ class Layout:
         """A blob, checked."""
         algorithm, _, digits = descriptor.digest.partition(":")
         path = self._directory / "blobs" / algorithm / digits
-        try:
-            with path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size != descriptor.size or _hash(file, algorithm) != digits:
-                    raise ProviderIOError(f"{path} is not what its name says; the layout is damaged")
+        with _opened(path) as file:
+            try:
+                whole = os.fstat(file.fileno()).st_size == descriptor.size and _hash(file, algorithm) == digits
                 file.seek(0)
-                yield file
-        except OSError as error:
-            raise ProviderIOError(f"{path}: {reason(error)}") from error
+            except OSError as error:
+                raise ProviderIOError(f"{path}: {reason(error)}") from error
+            if not whole:
+                raise ProviderIOError(f"{path} is not what its name says; the layout is damaged")
+            yield file
 
     def _read(self, path: Path, most: int) -> bytes:
         try:
@@ -165,7 +172,7 @@ class Archive:
         """A layer by what its bytes are; those of one that is not compressed are what the config says."""
         offset, size = self._member(name)
         digest = hashlib.sha256()
-        with self._opened() as file:
+        with _opened(self._path) as file:
             file.seek(offset)
             left, start = size, b""
             while left and (data := file.read(min(_CHUNK, left))):
@@ -182,14 +189,14 @@ class Archive:
     def layer(self, descriptor: Descriptor, stopped: Stopped = lambda: False) -> Iterator[BinaryIO]:  # noqa: ARG002
         """A layer, as :meth:`image` has described it."""
         offset, size = self._member(self._layers[descriptor.digest])
-        with self._opened() as file:
+        with _opened(self._path) as file:
             yield _Part(file, offset, size)  # type: ignore[misc]
 
     def _small(self, name: str) -> bytes:
         offset, size = self._member(name)
         if size > manifest.MAX_MANIFEST:
             raise InvalidSpec(f"{self.what}: {name[:100]!r} is larger than {manifest.MAX_MANIFEST} bytes")
-        with self._opened() as file:
+        with _opened(self._path) as file:
             file.seek(offset)
             return file.read(size)
 
@@ -198,14 +205,6 @@ class Archive:
             return self._members[os.path.normpath(name)]
         except (KeyError, ValueError):
             raise InvalidSpec(f"{self.what} has no {name[:100]!r}") from None
-
-    @contextmanager
-    def _opened(self) -> Iterator[BinaryIO]:
-        try:
-            with self._path.open("rb") as file:
-                yield file
-        except OSError as error:
-            raise ProviderIOError(f"{self._path}: {reason(error)}") from error
 
 
 class _Part:

@@ -108,18 +108,27 @@ def media_type(data: bytes, given: str | None, what: str) -> str:
     raise InvalidSpec(f"{what} is no image, but {str(said)[:100]!r}")
 
 
+def entries(data: bytes, what: str) -> list[dict[str, Any]]:
+    """What an index lists.
+
+    Raises:
+        InvalidSpec: it is malformed.
+    """
+    listed = _list(json_object(data, what), "manifests", MAX_ENTRIES, what)
+    return [entry for entry in listed if isinstance(entry, dict)]
+
+
 def choose(data: bytes, platform: Platform, what: str) -> Descriptor:
     """The manifest of an index that is for `platform`.
 
     Raises:
         InvalidSpec: there is none, or the index is malformed.
     """
-    document = json_object(data, what)
-    entries = [entry for entry in _list(document, "manifests", MAX_ENTRIES, what) if isinstance(entry, dict)]
+    found = entries(data, what)
     known = []
-    for entry in entries:
+    for entry in found:
         place = entry.get("platform")
-        if place is None and len(entries) == 1:
+        if place is None and len(found) == 1:
             return descriptor(entry, what)
         if isinstance(place, dict):
             if platform.matches(place):

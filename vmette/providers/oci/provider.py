@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,21 +94,23 @@ class OciProvider:
     def _provide(self, spec: str, platform: Platform, context: Context) -> Artifact:
         from . import local, manifest
 
-        source: Source
-        if spec.startswith(LAYOUT):
-            source = local.Layout(spec.removeprefix(LAYOUT))
-        elif spec.startswith(ARCHIVE):
-            source = local.Archive(spec.removeprefix(ARCHIVE))
-        else:
-            source = _Registry(Reference.parse(spec), spec, context)
-        image, config = source.image(platform)
-        return assemble(
-            [Layer(layer.digest, layer.short, partial(source.layer, layer)) for layer in image.layers],
-            source.what,
-            context,
-            limit_of("VMETTE_OCI_MAX_BYTES", MAX_BYTES),
-            manifest.config(config, source.what),
-        )
+        with ExitStack() as stack:
+            source: Source
+            if spec.startswith(LAYOUT):
+                source = local.Layout(spec.removeprefix(LAYOUT))
+            elif spec.startswith(ARCHIVE):
+                source = local.Archive(spec.removeprefix(ARCHIVE))
+            else:
+                source = registry = _Registry(Reference.parse(spec), spec, context)
+                stack.callback(registry.close)
+            image, config = source.image(platform)
+            return assemble(
+                [Layer(layer.digest, layer.short, partial(source.layer, layer)) for layer in image.layers],
+                source.what,
+                context,
+                limit_of("VMETTE_OCI_MAX_BYTES", MAX_BYTES),
+                manifest.config(config, source.what),
+            )
 
 
 @dataclass(frozen=True)
@@ -212,15 +214,20 @@ class _Registry:
         from . import manifest
 
         repository, selector = self._reference.repository, self._reference.selector
-        if known is not None and cached is not None and self.client.head(repository, selector) == known.answered:
+        stopped = self._context.cancelled
+        if (
+            known is not None
+            and cached is not None
+            and self.client.head(repository, selector, stopped) == known.answered
+        ):
             self._remember(replace(known, asked=time.time()))
             return cached
-        answer = self.client.manifest(repository, selector)
+        answer = self.client.manifest(repository, selector, stopped)
         top, kind, data = answer.digest, answer.media_type, answer.data
         digest = top
         if manifest.media_type(data, kind, self.what) in manifest.INDEXES:
             chosen = manifest.choose(data, platform, self.what)
-            data, digest = self.client.manifest(repository, chosen.digest).data, chosen.digest
+            data, digest = self.client.manifest(repository, chosen.digest, stopped).data, chosen.digest
             if manifest.media_type(data, chosen.media_type, self.what) in manifest.INDEXES:
                 raise InvalidSpec(f"{self.what} has an index within its index")
         image = manifest.image(data, self.what)
@@ -255,6 +262,11 @@ class _Registry:
                 host = self._reference.api_host
                 self._client = RegistryClient(host, credentials=credentials_for(self._reference.host))
             return self._client
+
+    def close(self) -> None:
+        """Ends the connection."""
+        if self._client is not None:
+            self._client.close()
 
     # --- small blobs: manifests and configs
 
