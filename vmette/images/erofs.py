@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from .layers import BLOCK
+from .layers import BLOCK, extents, write_at
 from .tree import TYPES, Node, Tree
 
 MAGIC = 0xE0F5E1E2
@@ -48,7 +48,7 @@ XATTR_PREFIXES = (
 COPY = 1 << 30
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Inode:
     """What is known of an inode before it is written."""
 
@@ -97,10 +97,10 @@ def write(tree: Tree, layers: Sequence[BinaryIO], output: BinaryIO, uuid: bytes)
     metadata = bytearray(end + -end % BLOCK)
     for inode in inodes.values():
         _write_inode(inode, inodes, metadata, output)
-    _pwrite(output, bytes(metadata), block * BLOCK)
+    write_at(output.fileno(), bytes(metadata), block * BLOCK)
     blocks = block + len(metadata) // BLOCK
     root = inodes[id(tree.root)]
-    _pwrite(output, _superblock(root.nid, len(inodes), blocks, block, uuid), 0)
+    write_at(output.fileno(), _superblock(root.nid, len(inodes), blocks, block, uuid), 0)
     output.truncate(blocks * BLOCK)
 
 
@@ -149,10 +149,14 @@ def _place_data(inodes: dict[int, _Inode], layers: Sequence[BinaryIO], output: B
     block = 1
     files = [inode for inode in inodes.values() if inode.node.kind == "f" and inode.size]
     files.sort(key=lambda inode: (inode.node.layer, inode.node.offset))
+    before: _Inode | None = None
     run: list[int] = []  # layer, start, length, block: files that follow one another in their layer are one copy
     for inode in files:
         node, length = inode.node, inode.size + -inode.size % BLOCK
-        inode.address = block
+        if before is not None and (before.node.layer, before.node.offset) == (node.layer, node.offset):
+            inode.address = before.address  # a layer that is there twice, at two places because of a symlink
+            continue
+        inode.address, before = block, inode
         if run and run[0] == node.layer and run[1] + run[2] == node.offset:
             run[2] += length
         else:
@@ -166,13 +170,18 @@ def _place_data(inodes: dict[int, _Inode], layers: Sequence[BinaryIO], output: B
     for inode in inodes.values():
         if inode.node.kind == "l" and not inode.tail:
             inode.address = block
-            _pwrite(output, inode.node.target, block * BLOCK)
+            write_at(output.fileno(), inode.node.target, block * BLOCK)
             block += 1
     return block
 
 
 def _copy(source: BinaryIO, start: int, output: BinaryIO, to: int, length: int) -> None:
-    """Copies within the kernel where it can (and shares the extents where the file system can)."""
+    """Copies within the kernel where it can (and shares the extents where the file system can). Holes stay holes."""
+    for first, end in extents(source, start, start + length):
+        _copy_extent(source, first, output, to + first - start, end - first)
+
+
+def _copy_extent(source: BinaryIO, start: int, output: BinaryIO, to: int, length: int) -> None:
     if hasattr(os, "copy_file_range"):
         try:
             while length:
@@ -184,20 +193,10 @@ def _copy(source: BinaryIO, start: int, output: BinaryIO, to: int, length: int) 
             pass
     while length:
         data = os.pread(source.fileno(), min(length, 1 << 20), start)
-        if not data and length < BLOCK:
-            return  # a file of the host, whose last block is not whole: the image has a hole there
         if not data:
-            raise OSError(f"the cached layer {source.name} is shorter than its index says")
-        _pwrite(output, data, to)
+            raise OSError(f"the cached layer {source.name} is shorter than it was")
+        write_at(output.fileno(), data, to)
         start, to, length = start + len(data), to + len(data), length - len(data)
-
-
-def _pwrite(output: BinaryIO, data: bytes, position: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(output.fileno(), view, position)
-        position += written
-        view = view[written:]
 
 
 def _place_inodes(inodes: list[_Inode]) -> int:
@@ -247,7 +246,7 @@ def _write_inode(inode: _Inode, inodes: dict[int, _Inode], metadata: bytearray, 
         if inode.tail:
             metadata[at : at + inode.tail] = blocks.pop()
         for index, data in enumerate(blocks):
-            _pwrite(output, data + bytes(BLOCK - len(data)), (inode.address + index) * BLOCK)
+            write_at(output.fileno(), data + bytes(BLOCK - len(data)), (inode.address + index) * BLOCK)
     elif inode.tail:
         metadata[at : at + inode.tail] = node.target
 

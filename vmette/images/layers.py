@@ -1,4 +1,4 @@
-"""A layer as we keep it: the bytes of its files, each at a block boundary, and an index of its entries.
+"""A layer as we keep it: the bytes of its files, each at a block boundary, and an index, which has a line per entry.
 
 In this form a layer can be laid over others without being read again, and an image takes over its bytes in whole runs,
 which a file system with shared extents does not even copy.
@@ -6,9 +6,10 @@ which a file system with shared extents does not even copy.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +17,7 @@ from typing import BinaryIO
 from .archive import ArchiveError, Entry, Stream, entries
 
 BLOCK = 4096
-FORMAT = 1
+FORMAT = 2
 """Part of the name of what is cached: another form is another name."""
 BUFFER = 1 << 20
 _ZEROS = bytes(BLOCK)
@@ -68,7 +69,7 @@ class _Blocks:
         if whole > BUFFER or self._buffer.startswith(_ZEROS) or self._buffer.find(_ZEROS) >= 0:
             self._write_sparsely(whole)
         elif whole:
-            os.pwrite(self._file.fileno(), memoryview(self._buffer)[:whole], self._position)
+            write_at(self._file.fileno(), bytes(memoryview(self._buffer)[:whole]), self._position)
         self._position += whole
         del self._buffer[:whole]
 
@@ -77,7 +78,7 @@ class _Blocks:
         start = 0
         for at in range(0, whole + 1, BLOCK):
             if at == whole or data[at : at + BLOCK] == _ZEROS:
-                _write_at(self._file, data[start:at], self._position + start)
+                write_at(self._file.fileno(), data[start:at], self._position + start)
                 start = at + BLOCK
 
     def finish(self) -> None:
@@ -86,12 +87,36 @@ class _Blocks:
         self._file.truncate(end)
 
 
-def _write_at(file: BinaryIO, data: bytes, position: int) -> None:
+def write_at(fd: int, data: bytes, position: int) -> None:
+    """Writes all of `data`: one call of the kernel's may write less, on a disk that is almost full."""
     view = memoryview(data)
     while view:
-        written = os.pwrite(file.fileno(), view, position)
+        written = os.pwrite(fd, view, position)
         position += written
         view = view[written:]
+
+
+def extents(source: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of the file's bytes from `start` to `end` is no hole, as far as its file system knows: (start, end) each.
+
+    Raises:
+        OSError: the file ends more than a block before `end`. A file of the host need not end with a whole block.
+    """
+    size = os.fstat(source.fileno()).st_size
+    if size <= end - BLOCK:
+        raise OSError(f"the cached layer {source.name} is shorter than its index says")
+    end = min(end, size)
+    while start < end:
+        try:
+            start = os.lseek(source.fileno(), start, os.SEEK_DATA)
+            hole = os.lseek(source.fileno(), start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            hole = end  # a file system that does not know
+        if start < end:
+            yield start, min(hole, end)
+        start = hole
 
 
 def convert(
@@ -112,14 +137,14 @@ def convert(
     with (directory / "data").open("xb") as file:
         blocks = _Blocks(file, limits.max_bytes)
         stream = Stream(source, limits.max_bytes, cancelled)
-        rows = [_row(e) for e in entries(stream, blocks, max_entries=limits.max_entries, whiteouts=whiteouts)]
+        with (directory / "index").open("x", encoding="ascii") as index:
+            for e in entries(stream, blocks, max_entries=limits.max_entries, whiteouts=whiteouts):
+                index.write(json.dumps(_row(e), separators=(",", ":")) + "\n")
+            index.flush()
+            os.fsync(index.fileno())
         blocks.finish()
         file.flush()
         os.fsync(file.fileno())
-    with (directory / "index").open("x", encoding="ascii") as index:
-        json.dump(rows, index, separators=(",", ":"))
-        index.flush()
-        os.fsync(index.fileno())
 
 
 def _row(e: Entry) -> list[object]:
@@ -129,12 +154,33 @@ def _row(e: Entry) -> list[object]:
 
 
 def read_index(directory: Path) -> list[Entry]:
-    """The entries of the layer that :func:`convert` wrote to `directory`."""
-    found = []
-    for path, kind, mode, uid, gid, mtime, size, offset, target, major, minor, xattrs in json.loads(
-        (directory / "index").read_text("ascii")
-    ):
-        attributes = {name.encode("latin-1"): value.encode("latin-1") for name, value in xattrs}
-        names = path.encode("latin-1"), target.encode("latin-1")
-        found.append(Entry(names[0], kind, mode, uid, gid, mtime, size, offset, names[1], (major, minor), attributes))
-    return found
+    """The entries of the layer that :func:`convert` wrote to `directory`.
+
+    Raises:
+        OSError: they cannot be read, or are damaged.
+    """
+    path = directory / "index"
+    try:
+        with path.open(encoding="ascii") as index:
+            return [_entry(*json.loads(line)) for line in index]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise OSError(errno.EIO, "damaged; clear the cache (vmette cache prune --all)", str(path)) from error
+
+
+def _entry(
+    path: str,
+    kind: str,
+    mode: int,
+    uid: int,
+    gid: int,
+    mtime: int,
+    size: int,
+    offset: int,
+    target: str,
+    major: int,
+    minor: int,
+    xattrs: list[tuple[str, str]],
+) -> Entry:
+    attributes = {name.encode("latin-1"): value.encode("latin-1") for name, value in xattrs}
+    names = path.encode("latin-1"), target.encode("latin-1")
+    return Entry(names[0], kind, mode, uid, gid, mtime, size, offset, names[1], (major, minor), attributes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .store import Store, remove
+from .store import Store, bottom_up, remove
+
+logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0
 """An entry that was asked for so recently is left alone: whoever did may not hold it yet."""
@@ -21,7 +24,7 @@ class Item:
     """An entry of the cache."""
 
     kind: str
-    """`layers`, `images` or `directories`."""
+    """`layers`, `images`, `directories` or `downloads`."""
     path: Path
     size: int
     """Bytes on the disk."""
@@ -40,7 +43,7 @@ def items(store: Store) -> Iterator[Item]:
     Raises:
         OSError: the cache cannot be read.
     """
-    for root in (store.layers, store.images, store.directories):
+    for root in (store.layers, store.images, store.directories, store.downloads):
         if root.is_dir():
             for path in root.iterdir():
                 with suppress(FileNotFoundError):  # somebody else is faster
@@ -52,17 +55,16 @@ def size_of(path: Path) -> int:
     total = path.lstat().st_blocks * 512
     if path.is_dir() and not path.is_symlink():
         seen: set[int] = set()
-        for directory, _, files in os.walk(path):
-            for name in files:
-                status = os.lstat(Path(directory) / name)
-                if status.st_ino not in seen:
-                    seen.add(status.st_ino)
-                    total += status.st_blocks * 512
+        for fd, name, _ in bottom_up(path):
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if status.st_ino not in seen:
+                seen.add(status.st_ino)
+                total += status.st_blocks * 512
     return total
 
 
 def prune(store: Store, *, max_bytes: int | None = None, unused_since: float | None = None) -> list[Item]:
-    """Removes entries that nobody holds, and returns them.
+    """Removes entries that nobody holds, and returns them. What cannot be removed is logged.
 
     Args:
         store: The cache.
@@ -70,7 +72,7 @@ def prune(store: Store, *, max_bytes: int | None = None, unused_since: float | N
         unused_since: Leave what was used after this time, in seconds since 1970.
 
     Raises:
-        OSError: something cannot be removed.
+        OSError: the cache cannot be read.
     """
     _sweep(store)
     there = sorted(items(store), key=lambda item: item.used)
@@ -81,9 +83,12 @@ def prune(store: Store, *, max_bytes: int | None = None, unused_since: float | N
             break
         if unused_since is not None and item.used > unused_since:
             continue
-        if _take(store, item):
-            removed.append(item)
-            left -= item.size
+        try:
+            if _take(store, item):
+                removed.append(item)
+                left -= item.size
+        except OSError as error:
+            logger.warning("cannot remove %s from the cache: %s", item.path, error)
     return removed
 
 
@@ -91,21 +96,35 @@ def _take(store: Store, item: Item) -> bool:
     """Removes an entry, unless it is in use."""
     try:
         with store.locked(store.lock_of(item.path), lambda: True):
-            fd = os.open(item.held, os.O_RDONLY | os.O_CLOEXEC)
+            if _recent(item.path):
+                return False
+            store.staging.mkdir(mode=0o700, exist_ok=True)
+            trash = store.staging / store.lock_of(item.path)
+            remove(trash)
+            fd = _opened(item)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if item.path.stat().st_mtime > time.time() - GRACE_SECONDS:
+                if _recent(item.path):
                     return False
-                store.staging.mkdir(mode=0o700, exist_ok=True)
-                trash = store.staging / store.lock_of(item.path)
-                remove(trash)
                 item.path.rename(trash)  # gone in one step, whatever happens to us next
-                remove(trash)
-                return True
             finally:
                 os.close(fd)
+            remove(trash)
+            return True
     except (BlockingIOError, InterruptedError, FileNotFoundError):
         return False
+
+
+def _recent(path: Path) -> bool:
+    return path.lstat().st_mtime > time.time() - GRACE_SECONDS
+
+
+def _opened(item: Item) -> int:
+    """What users of the entry hold; of a damaged one, which has no users, what there is."""
+    try:
+        return os.open(item.held, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return os.open(item.path.parent, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _sweep(store: Store) -> None:

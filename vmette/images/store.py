@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,12 +19,13 @@ from typing import BinaryIO
 
 from ..locks import hold
 from . import erofs, layers
-from .archive import Entry
+from .archive import ArchiveError, Entry
 from .tree import Tree
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNPACKED = "directory 1"
 """Another way to unpack is another number."""
 
@@ -42,9 +42,50 @@ def synced(path: Path) -> None:
 def remove(path: Path) -> None:
     """Removes the file or the directory at `path`, if there is one."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        for fd, name, is_directory in bottom_up(path):
+            (os.rmdir if is_directory else os.unlink)(name, dir_fd=fd)
+        path.rmdir()
     else:
         path.unlink(missing_ok=True)
+
+
+def bottom_up(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """What is below the directory at `path`: where (a descriptor), name, whether it is a directory, which comes last.
+
+    An image may have more levels than there are descriptors, and longer paths than the kernel takes.
+    """
+    fd = os.open(path, _DIRECTORY)
+    try:
+        names: list[str] = []
+        todo = [_listed(fd)]
+        while todo:
+            if todo[-1]:
+                name, is_directory = todo[-1].pop()
+                if is_directory:
+                    fd = _moved(fd, name)
+                    names.append(name)
+                    todo.append(_listed(fd))
+                else:
+                    yield fd, name, False
+            else:
+                todo.pop()
+                if names:
+                    fd = _moved(fd, "..")
+                    yield fd, names.pop(), True
+    finally:
+        os.close(fd)
+
+
+def _listed(fd: int) -> list[tuple[str, bool]]:
+    with os.scandir(fd) as there:
+        return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in there]
+
+
+def _moved(fd: int, name: str) -> int:
+    """A descriptor of the directory `name`, in place of `fd`."""
+    moved = os.open(name, _DIRECTORY, dir_fd=fd)
+    os.close(fd)
+    return moved
 
 
 class Store:
@@ -59,6 +100,8 @@ class Store:
         self.layers = root / "layers"
         self.images = root / "images"
         self.directories = root / "directories"
+        self.downloads = root / "downloads"
+        """What has been fetched in part: files by digest, written under their lock, gone when they have been read."""
         self.staging = root / "staging"
         self._locks = root / "locks"
 
@@ -94,8 +137,10 @@ class Store:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            os.close(fd)
+            try:
+                path.unlink(missing_ok=True)
+            finally:
+                os.close(fd)
 
     def entry(self, path: Path, make: Callable[[Path], None], cancelled: Callable[[], bool] = lambda: False) -> Path:
         """The entry at `path`, made by `make` at the place that it is given unless it is there."""
@@ -111,6 +156,7 @@ class Store:
             remove(staging)  # of one who died
             try:
                 make(staging)
+                os.utime(staging)  # it is new now, however long it took
                 staging.rename(path)
             except BaseException:
                 remove(staging)
@@ -130,6 +176,8 @@ class Store:
             os.utime(path)
         except FileNotFoundError:
             return False
+        except OSError:  # a cache that may only be read
+            return path.exists()
         return True
 
     # --- what is in it
@@ -150,7 +198,13 @@ class Store:
         return self.entry(self.layer_path(digest), make, cancelled)
 
     def layer_path(self, digest: str) -> Path:
-        """Where the layer `digest` is, if it is there."""
+        """Where the layer `digest` is, if it is there.
+
+        Raises:
+            ArchiveError: it is no digest, but would lead somewhere else.
+        """
+        if "/" in digest or "\0" in digest:
+            raise ArchiveError(f"{digest!r} is no digest")
         return self.layers / f"{digest.replace(':', '-')}.v{layers.FORMAT}"
 
     def image_path(self, sources: Sequence[Path], extra: Sequence[Path] = ()) -> Path:
@@ -185,10 +239,13 @@ class Store:
         """The layers laid over each other, and their data."""
         tree = Tree(limits.max_entries)
         files: list[BinaryIO] = []
-        for number, source in enumerate(sources):
-            tree.apply(layers.read_index(source), number)
-            files.append(stack.enter_context((source / "data").open("rb")))
-            hold(files[-1].fileno())
+        numbers: dict[Path, int] = {}
+        for source in sources:
+            if source not in numbers:  # an empty layer often comes many times
+                numbers[source] = len(files)
+                files.append(stack.enter_context((source / "data").open("rb")))
+                hold(files[-1].fileno())
+            tree.apply(layers.read_index(source), numbers[source])
         for path in extra:
             entry = Entry(b"usr/local/bin/" + os.fsencode(path.name), "f", 0o755, size=path.stat().st_size)
             tree.apply([entry], len(files))

@@ -10,11 +10,13 @@ import os
 from collections.abc import Sequence
 from typing import BinaryIO
 
+from .layers import extents, write_at
 from .tree import TYPES, Node, Tree
 
 OVERRIDE = "user.containers.override_stat"
 """`uid:gid:mode` (mode in octal, with the type) of what this user may not set: the convention of containers/storage."""
 CHUNK = 1 << 20
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def unpack(tree: Tree, layers: Sequence[BinaryIO], directory: int) -> None:
@@ -32,41 +34,75 @@ class _Unpacker:
     def __init__(self, layers: Sequence[BinaryIO]) -> None:
         self._layers = layers
         self._root = os.geteuid() == 0
+        self._several: set[int] = set()
+        """The files with several names."""
         self._made: dict[int, str] = {}
-        """Where the first name of a file with several is, relative to the root; made by us, of real directories."""
-        self._top = -1
+        """Those that are there, by their names in the directory that is open as `_links`."""
+        self._links = -1
 
     def directory(self, root: Node, top: int) -> None:
-        """Writes what is in `root`, directories after what is in them."""
-        self._top = top
-        # (node, descriptor, names still to do, path): depth first without recursion
-        stack = [(root, os.dup(top), sorted(root.children or {}), b"")]
-        try:
-            while stack:
-                node, fd, names, path = stack[-1]
-                assert node.children is not None
-                if not names:
-                    stack.pop()
-                    self._finish(node, fd)
-                    continue
-                name = names.pop()
-                child = node.children[name]
-                if child.kind == "d":
-                    os.mkdir(name, 0o700, dir_fd=fd)
-                    inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-                    stack.append((child, inner, sorted(child.children or {}), path + name + b"/"))
-                else:
-                    self._file(child, name, fd, os.fsdecode(path + name))
-        finally:
-            for _, fd, _, _ in stack:
-                os.close(fd)
-
-    def _file(self, node: Node, name: bytes, fd: int, path: str) -> None:
-        first = self._made.get(id(node))
-        if first is not None:
-            os.link(first, name, src_dir_fd=self._top, dst_dir_fd=fd, follow_symlinks=False)
+        """Writes what is in `root`."""
+        self._several = _with_several_names(root)
+        if not self._several:
+            self._below(root, top)
             return
-        self._made[id(node)] = path
+        # While we work, files with several names have another one that is short and known.
+        name = ".vmette-links"
+        while name.encode() in (root.children or {}):
+            name += "_"
+        os.mkdir(name, 0o700, dir_fd=top)
+        self._links = os.open(name, _DIRECTORY, dir_fd=top)
+        try:
+            self._below(root, top, name)
+        finally:
+            os.close(self._links)
+
+    def _below(self, root: Node, top: int, links: str = "") -> None:
+        """Writes what is in `root`, directories after what is in them: depth first with one descriptor."""
+        fd = os.dup(top)
+        try:
+            stack = [(root, sorted(root.children or {}, reverse=True))]
+            while stack:
+                node, names = stack[-1]
+                assert node.children is not None
+                if names:
+                    name = names.pop()
+                    child = node.children[name]
+                    if child.kind != "d":
+                        self._file(child, name, fd)
+                        continue
+                    os.mkdir(name, 0o700, dir_fd=fd)
+                    stack.append((child, sorted(child.children or {}, reverse=True)))
+                    there = os.open(name, _DIRECTORY, dir_fd=fd)
+                else:
+                    stack.pop()
+                    if not stack and links:
+                        for link in self._made.values():
+                            os.unlink(link, dir_fd=self._links)
+                        os.rmdir(links, dir_fd=fd)
+                    # Nobody else moves what is here, so that `..` is where we came from.
+                    there = os.open("..", _DIRECTORY, dir_fd=fd) if stack else os.dup(fd)
+                    try:
+                        self._attributes(node, fd)  # when nothing more is made in it
+                    except BaseException:
+                        os.close(there)
+                        raise
+                os.close(fd)
+                fd = there
+        finally:
+            os.close(fd)
+
+    def _file(self, node: Node, name: bytes, fd: int) -> None:
+        first = self._made.get(id(node))
+        if first is None:
+            self._new_file(node, name, fd)
+            if id(node) in self._several:
+                first = self._made[id(node)] = str(len(self._made))
+                os.link(name, first, src_dir_fd=fd, dst_dir_fd=self._links, follow_symlinks=False)
+        else:
+            os.link(first, name, src_dir_fd=self._links, dst_dir_fd=fd, follow_symlinks=False)
+
+    def _new_file(self, node: Node, name: bytes, fd: int) -> None:
         if node.kind == "l":
             os.symlink(node.target, name, dir_fd=fd)
             if self._root:
@@ -87,20 +123,14 @@ class _Unpacker:
                 os.close(file)
 
     def _data(self, node: Node, file: int) -> None:
-        at = 0
-        while at < node.size:
-            data = os.pread(self._layers[node.layer].fileno(), min(CHUNK, node.size - at), node.offset + at)
-            if not data:
-                break  # a hole at the end
-            if data.strip(b"\0"):
-                os.pwrite(file, data, at)
-            at += len(data)
+        if node.size:
+            source = self._layers[node.layer]
+            for first, end in extents(source, node.offset, node.offset + node.size):
+                for at in range(first, end, CHUNK):
+                    data = os.pread(source.fileno(), min(CHUNK, end - at), at)
+                    if data.strip(b"\0"):
+                        write_at(file, data, at - node.offset)
         os.truncate(file, node.size)
-
-    def _finish(self, node: Node, fd: int) -> None:
-        """A directory gets its mode and times when nothing more is made in it."""
-        self._attributes(node, fd)
-        os.close(fd)
 
     def _attributes(self, node: Node, fd: int) -> None:
         if self._root:
@@ -120,6 +150,19 @@ class _Unpacker:
             text += ":{}:{}".format(*node.device)
         kept = {name: value for name, value in node.xattrs.items() if name.startswith(b"user.")}
         return {**kept, OVERRIDE.encode(): text.encode()}
+
+
+def _with_several_names(root: Node) -> set[int]:
+    once: set[int] = set()
+    several: set[int] = set()
+    todo = [root]
+    while todo:
+        for child in (todo.pop().children or {}).values():
+            if child.kind == "d":
+                todo.append(child)
+            else:
+                (several if id(child) in once else once).add(id(child))
+    return several
 
 
 def _set_attribute(fd: int, name: bytes, value: bytes) -> None:
