@@ -6,12 +6,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, overload
 
 from .config import Command, MachineConfig, Share
 from .errors import CalledProcessError, ConfigError, SandboxTimeout, TimeoutExpired
+from .locks import held
 from .providers.base import Context, Progress
 from .streams import Buffer, BytesSource, Sink, Source
 from .timings import Stopwatch, Timing
@@ -69,9 +71,12 @@ def execute(
     deadline = None if timeout is None else time.monotonic() + timeout
     from .vmm.qemu import QemuMachine, choose_accel
 
-    accel = choose_accel(config)
-    stopwatch.reached("vmm")
-    with QemuMachine(config, accel) as machine:
+    with ExitStack() as stack:
+        if config.root is not None:
+            stack.callback(os.close, held(config.root.path))  # nobody clears the cache of it while the VM lives
+        accel = choose_accel(config)
+        stopwatch.reached("vmm")
+        machine = stack.enter_context(QemuMachine(config, accel))
         # The VM comes first: what talks to it is imported while it boots.
         from .sandbox import Sandbox
 

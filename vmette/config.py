@@ -120,12 +120,15 @@ class Command:
             raise ConfigError(f"working directory {cwd!r} is no absolute path of the guest")
         if any("\0" in text for text in (*argv, *entries, cwd or "", user or "")):
             raise ConfigError("the command, its environment, directory or user has a NUL byte")
-        return cls(
-            tuple(map(os.fsencode, argv)),
-            tuple(map(os.fsencode, entries)),
-            None if cwd is None else os.fsencode(cwd),
-            None if user is None else user.encode(),
-        )
+        try:
+            return cls(
+                tuple(map(os.fsencode, argv)),
+                tuple(map(os.fsencode, entries)),
+                None if cwd is None else os.fsencode(cwd),
+                None if user is None else os.fsencode(user),
+            )
+        except UnicodeEncodeError:
+            raise ConfigError("the command, its environment, directory or user is no text") from None
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,10 @@ def test_the_commands(cache: Path) -> None:
     assert vmette(cache, "cache", "prune", VMETTE_CACHE_MAX_BYTES="1").stdout.startswith("removed 2 entries, ")
     assert vmette(cache, "cache", "prune", "--all").stdout == "removed 0 entries, 0 B\n"
     assert json.loads(vmette(cache, "images", "--json").stdout) == []
+    (cache / "oci/refs").mkdir(exist_ok=True)
+    (cache / "oci/refs/note").write_text("[]")
+    assert vmette(cache, "cache", "prune", "--all").returncode == 0
+    assert list((cache / "oci/refs").iterdir()) == []
     assert vmette(cache, "images").stdout.split()[0] == "REFERENCE"
 
 

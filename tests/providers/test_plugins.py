@@ -149,7 +149,7 @@ def test_a_command_runs_in_what_a_plugin_provides(site: Path, tmp_path: Path) ->
 
 def test_plugins_come_after_the_built_in_providers_in_the_order_of_their_names(site: Path, tmp_path: Path) -> None:
     (names, _), _ = ask(site, tmp_path, "names")
-    assert names == ["builtin", "dir", "echo", "zulu", "oci"]
+    assert names == ["builtin", "squashfs", "tar", "dir", "echo", "zulu", "oci"]
 
 
 def test_plugins_that_do_not_work_are_logged_and_left_out(site: Path, tmp_path: Path) -> None:
@@ -174,12 +174,15 @@ def test_no_plugin_is_loaded_for_what_a_built_in_provider_claims(site: Path, tmp
 
 def test_a_spec_that_nobody_claims_has_been_shown_to_the_plugins(site: Path, tmp_path: Path) -> None:
     (error, loaded), _ = ask(site, tmp_path, "other://x")
-    assert error == 'invalid spec: no provider claims "other://x"; registered: [builtin, dir, echo, zulu, oci]'
+    assert (
+        error
+        == 'invalid spec: no provider claims "other://x"; registered: [builtin, squashfs, tar, dir, echo, zulu, oci]'
+    )
     assert loaded is True
 
 
 def test_without_plugins_there_are_the_built_in_providers(tmp_path: Path) -> None:
     (names, loaded), log = ask(tmp_path, tmp_path, "names")
-    assert names == ["builtin", "dir", "oci"]
+    assert names == ["builtin", "squashfs", "tar", "dir", "oci"]
     assert loaded is False
     assert log == []

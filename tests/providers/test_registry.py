@@ -165,8 +165,8 @@ def test_further_providers_come_last() -> None:
 
 
 def test_the_default_registry_starts_with_what_vmette_has() -> None:
-    assert default_registry().names[:2] == ["builtin", "dir"]
-    builtin, directory, *_ = default_registry()
+    assert default_registry().names == ["builtin", "squashfs", "tar", "dir", "oci"]
+    builtin, _, _, directory, _ = default_registry()
     assert isinstance(builtin, BuiltinProvider)
     assert isinstance(directory, DirProvider)
 

@@ -119,7 +119,13 @@ def test_doctor_and_providers(cli: Cli, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.decode().count(" problem ") >= 5
     assert b"Traceback" not in done.stderr
-    assert [line.split()[0] for line in cli("providers").stdout.splitlines()] == [b"builtin", b"dir", b"oci"]
+    assert [line.split()[0] for line in cli("providers").stdout.splitlines()] == [
+        b"builtin",
+        b"squashfs",
+        b"tar",
+        b"dir",
+        b"oci",
+    ]
     assert cli("--version").stdout.startswith(b"vmette, version ")
     for shell in ("bash", "zsh", "fish"):
         assert b"_VMETTE_COMPLETE" in cli("completion", shell).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -89,8 +90,6 @@ def test_the_guest_sees_what_the_layers_say(cli: Cli, tmp_path: Path, form: str)
         check=True,
     ).stdout.decode("utf-8", "surrogateescape")
     t = 1_000_000_000
-    import hashlib
-
     assert lines.splitlines() == [
         f"d/stays regular file 644 0:0 1 5 0,0 {t}",
         f"opaque/new regular file 644 0:0 1 1 0,0 {t}",
@@ -217,3 +216,23 @@ def test_a_killed_pull_leaves_nothing_that_is_taken_for_an_image(cli: Cli, tmp_p
     assert run(cli, spec, "sh", "-c", "wc -c < /large2") == f"{1 << 24}\n"
     wait_until(lambda: list((cache / "store/staging").iterdir()) == [], "an empty staging place")
     assert list((cache / "store/locks").iterdir()) == []
+
+
+def test_archives_and_filesystem_images(cli: Cli, tmp_path: Path) -> None:
+    archive = tmp_path / "root.tar"
+    archive.write_bytes(tar([*BASE, member(".wh.kept", b"an ordinary name")]))
+    subprocess.run(["zstd", "--quiet", str(archive)], check=True)
+    subprocess.run(["xz", "--keep", str(archive)], check=True)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    subprocess.run(["tar", "-xf", str(archive), "-C", str(tree)], check=True)
+    subprocess.run(["mksquashfs", str(tree), str(tmp_path / "root.squashfs"), "-quiet", "-no-progress"], check=True)
+    subprocess.run(["mkfs.erofs", "--quiet", str(tmp_path / "root.erofs"), str(tree)], check=True)
+    specs = [f"tar+file://{archive}", f"{archive}.zst", f"{archive}.xz", f"{tmp_path}/root.squashfs"]
+    specs += [f"erofs+file://{tmp_path}/root.erofs", f"squashfs+file://localhost{tmp_path}/root.squashfs"]
+    for spec in specs:
+        assert run(cli, spec, "cat", "/.wh.kept") == "an ordinary name", spec
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert run(cli, f"tar+file://{archive}#sha256={digest}", "echo", "right") == "right\n"
+    done = cli("run", f"tar+file://{archive}#sha256={'0' * 64}", "true")
+    assert (done.returncode, done.stderr.count(b"\n")) == (125, 1)

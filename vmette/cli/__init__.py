@@ -83,6 +83,8 @@ def group() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code. Errors are one line on stderr."""
+    # Nearly all that a command makes lives as long as the command: to look for garbage is a waste, as a rule.
+    gc.set_threshold(50_000)
     _open_standard_streams()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish is kept
@@ -128,7 +130,11 @@ def _open_standard_streams() -> None:
 
 
 def complain(line: str) -> None:
-    """Writes a line to stderr, which may be closed or full: there is nobody left to tell then."""
+    """Writes a line to stderr, which may be closed or full: there is nobody left to tell then.
+
+    Guests, images and registries have their say in messages, and none in what the terminal does.
+    """
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 

@@ -10,7 +10,7 @@ import click
 from .. import assets
 from ..errors import ConfigError
 from ..providers.base import Context
-from ..providers.layered import cache_limit, store_of
+from ..providers.layered import cache_limit, forget, store_of
 from .progress import human
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -29,7 +29,7 @@ def df() -> None:
     store = store_of(Context(assets.cache_root()))
     found = list(items(store))
     click.echo(f"{'KIND':<12} {'ENTRIES':>7} {'SIZE':>9}")
-    for kind in ("layers", "images", "directories"):
+    for kind in ("layers", "images", "directories", "downloads"):
         sizes = [item.size for item in found if item.kind == kind]
         click.echo(f"{kind:<12} {len(sizes):>7} {human(sum(sizes)):>9}")
     click.echo(f"{'total':<12} {len(found):>7} {human(sum(item.size for item in found)):>9}")
@@ -47,8 +47,10 @@ def prune(everything: bool, until: str | None) -> None:
         raise click.UsageError("--all and --until exclude each other")
     if not everything and until is None and limit is None:
         raise click.UsageError("how much? set VMETTE_CACHE_MAX_BYTES, or give --until or --all")
-    store = store_of(Context(assets.cache_root()))
+    context = Context(assets.cache_root())
+    store = store_of(context)
     if everything:
+        forget(context)
         removed = prune_store(store)
     elif until is not None:
         removed = prune_store(store, unused_since=time.time() - seconds(until))

@@ -182,7 +182,9 @@ def _environment(entries: tuple[str, ...]) -> dict[str, str]:
 def set_up_logging(*, quiet: bool, debug: bool) -> None:
     """Has what vmette logs on stderr: warnings, with `debug` all, with `quiet` errors."""
     level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
-    logging.basicConfig(level=level, format="vmette: %(message)s")
+    handler = logging.Handler()
+    handler.emit = lambda record: complain(f"vmette: {record.getMessage()}")  # type: ignore[method-assign]
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _process_start() -> float | None:

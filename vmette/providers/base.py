@@ -80,6 +80,10 @@ class NetworkError(ProviderError):
         super().__init__(f"network: {message}")
 
 
+class Unreachable(NetworkError):
+    """The server gave no answer. What it may have answered earlier is still the best that there is."""
+
+
 class ProviderIOError(ProviderError):
     """A file system failed while a cache was read or an image written."""
 

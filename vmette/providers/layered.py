@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from ..errors import ConfigError
 from ..locks import held
@@ -26,8 +28,12 @@ from .base import (
 from .inject import HELPERS
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from ..images.layers import Limits
     from ..images.store import Store
+
+logger = logging.getLogger(__name__)
 
 PARALLEL = 4
 """Layers that are fetched and unpacked at once."""
@@ -45,7 +51,7 @@ class Layer:
     name: str
     """For people."""
     open: Callable[[Stopped], AbstractContextManager[BinaryIO]]
-    """Opens the archive, whose bytes have the digest then."""
+    """Opens the archive. That its bytes have the digest is checked as they are read."""
 
 
 def store_of(context: Context) -> Store:
@@ -76,6 +82,36 @@ def limit_of(variable: str, default: int) -> int:
     if not text.isascii() or not text.isdecimal() or int(text) == 0:
         raise ConfigError(f"{variable}={text!r} is no number of bytes")
     return int(text)
+
+
+def evict(store: Store) -> None:
+    """Keeps the cache within VMETTE_CACHE_MAX_BYTES. What cannot be removed is logged: the artifact is there."""
+    limit = cache_limit()
+    if limit is None:
+        return
+    from ..images.prune import prune
+
+    try:
+        prune(store, max_bytes=limit)
+    except OSError as error:
+        logger.warning("cannot clear the cache: %s", error)
+
+
+NOTES = ("oci/refs", "oci/blobs", "tar/refs", "squashfs/refs")
+"""What providers remember of references and URLs; without it they ask again."""
+
+
+def forget(context: Context) -> None:
+    """Removes all notes: what is of use with the cache's entries only.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    for name in NOTES:
+        directory = context.cache_root / name
+        if directory.is_dir():
+            for path in directory.iterdir():
+                path.unlink(missing_ok=True)
 
 
 def assemble(
@@ -118,17 +154,14 @@ def assemble(
                 (store.directory if as_directory else store.image)(sources, limits, helpers)
             except ArchiveError as error:
                 raise ProviderIOError(f"{what}: {error}") from error
-        limit = cache_limit()
-        if limit is not None:
-            from ..images.prune import prune
-
-            prune(store, max_bytes=limit)
+            stack.callback(os.close, held(path))
+            evict(store)
     return Directory(path, config=config) if as_directory else BlockImage(path, BlockFs.EROFS, config)
 
 
 def _unpacked(layers: Mapping[str, Layer], what: str, context: Context, limits: Limits, *, oci: bool) -> list[int]:
     """Has the store have `layers`, by the names it knows them by; descriptors that keep them there."""
-    from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+    from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
     from ..images.archive import ArchiveError
     from ..images.layers import convert
@@ -146,10 +179,14 @@ def _unpacked(layers: Mapping[str, Layer], what: str, context: Context, limits: 
         def fill(directory: Path) -> None:
             with layer.open(stopped) as archive:
                 context.progress(Progress(layer.name, "unpacking"))
+                checked = _Hashed(archive, layer.digest)
                 try:
-                    convert(archive, directory, limits, whiteouts=oci, cancelled=stopped)
+                    convert(cast("BinaryIO", checked), directory, limits, whiteouts=oci, cancelled=stopped)
                 except ArchiveError as error:
                     raise ProviderIOError(f"{what}, layer {layer.name}: {error}") from error
+                # Whoever found out what digest the archive has did so at another time.
+                if not checked.right():
+                    raise ProviderIOError(f"{what}, layer {layer.name}: it has changed while it was read")
             context.progress(Progress(layer.name, "ready"))
 
         return held(store.layer(name, fill, stopped) / "data")
@@ -157,20 +194,50 @@ def _unpacked(layers: Mapping[str, Layer], what: str, context: Context, limits: 
     futures: list[Future[int]] = []
     with ThreadPoolExecutor(PARALLEL, "vmette-layer") as pool:
         try:
-            futures += [pool.submit(unpack, name, layer) for name, layer in layers.items()]
+            for name, layer in layers.items():
+                futures.append(pool.submit(unpack, name, layer))
             wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # a failure, or Ctrl-C: the others end soon
+        except BaseException:  # Ctrl-C: the threads end soon
+            stop.set()
+            for future in futures:
+                future.add_done_callback(_let_go)
+            raise
+        finally:
             if any(not future.done() or future.exception() for future in futures):
                 stop.set()
                 pool.shutdown(cancel_futures=True)
     failed = [error for future in futures if not future.cancelled() and (error := future.exception())]
     if failed:
         for future in futures:
-            if not future.cancelled() and not future.exception():
-                os.close(future.result())
+            _let_go(future)
         # What was stopped because of another failure is not the one to tell of.
         raise next((error for error in failed if not isinstance(error, (InterruptedError, Cancelled))), failed[0])
     return [future.result() for future in futures]
+
+
+def _let_go(future: Future[int]) -> None:
+    if not future.cancelled() and not future.exception():
+        os.close(future.result())
+
+
+class _Hashed:
+    """A file to be read once that finds out what its digest is."""
+
+    def __init__(self, file: BinaryIO, digest: str) -> None:
+        self._file = file
+        algorithm, _, self._digits = digest.partition(":")
+        self._hash = hashlib.new(algorithm)
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._hash.update(data)
+        return data
+
+    def right(self) -> bool:
+        """Whether the digest is the one that was said, what has not been read yet included."""
+        while self.read(1 << 20):
+            pass
+        return self._hash.hexdigest() == self._digits
 
 
 def _helpers(context: Context) -> list[Path]:

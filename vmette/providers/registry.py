@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ ENTRY_POINTS = "vmette.providers"
 class Registry:
     """Providers in the order in which they are asked: register the specific ones first, a catch-all last.
 
-    `more` gives further providers, asked after the others and loaded only when none of those claims a spec.
+    `more` gives further providers, asked after the others; each is taken only when none before it claims a spec.
     """
 
     def __init__(
@@ -26,7 +27,8 @@ class Registry:
     ) -> None:
         self._providers = tuple(providers)
         self._more = more
-        self._loaded: tuple[RootfsProvider, ...] | None = None
+        self._taken: list[RootfsProvider] = []
+        self._rest: Iterator[RootfsProvider] | None = None
 
     def with_provider(self, provider: RootfsProvider) -> Registry:
         """A registry with `provider` after those of this one."""
@@ -34,9 +36,15 @@ class Registry:
 
     def __iter__(self) -> Iterator[RootfsProvider]:
         yield from self._providers
-        if self._loaded is None:
-            self._loaded = tuple(self._more()) if self._more is not None else ()
-        yield from self._loaded
+        if self._rest is None:
+            self._rest = iter(self._more() if self._more is not None else ())
+        for number in itertools.count():
+            if number == len(self._taken):
+                provider = next(self._rest, None)
+                if provider is None:
+                    return
+                self._taken.append(provider)
+            yield self._taken[number]
 
     def resolve(self, spec: str, context: Context) -> Artifact:
         """Has the first provider that claims `spec` resolve it.
@@ -79,14 +87,20 @@ def _installed() -> Iterator[RootfsProvider]:
             )
 
 
-def _others() -> Iterator[RootfsProvider]:
-    """What is not asked for every start: the providers of other packages, then the one that claims every name."""
+def _all() -> Iterator[RootfsProvider]:
+    """Paths of archives and images come before paths of directories, and what claims every name comes last."""
+    from .squashfs import SquashfsProvider
+    from .tar import TarProvider
+
+    yield SquashfsProvider()
+    yield TarProvider()
+    yield DirProvider()
+    yield from _installed()
     from .oci.provider import OciProvider
 
-    yield from _installed()
     yield OciProvider()
 
 
 def default_registry() -> Registry:
-    """The built-in providers and those that other packages installed; images, of which every name may be one, last."""
-    return Registry((BuiltinProvider(), DirProvider()), _others)
+    """The built-in providers and those that other packages installed. Each is imported when it is its turn."""
+    return Registry((BuiltinProvider(),), _all)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from .. import assets
+from ..files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -34,23 +34,7 @@ def remembered(question: str, facts: Mapping[str, str], ask: Callable[[], bool])
             return bool(known["answer"])
     answer = ask()
     try:
-        _write(path, json.dumps({"answer": answer, "facts": facts}, indent=1))
+        write_atomically(path, json.dumps({"answer": answer, "facts": facts}, indent=1).encode())
     except OSError as error:  # a full disk makes the next run slower, not wrong
         logger.info("cannot remember that %s is %s: %s", question, answer, error)
     return answer
-
-
-def _write(path: Path, text: str) -> None:
-    import tempfile
-
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd, staging = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(fd, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(fd)
-        Path(staging).replace(path)
-    except BaseException:
-        Path(staging).unlink(missing_ok=True)
-        raise

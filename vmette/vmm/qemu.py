@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from .. import assets
 from ..config import ROOT_TAG, MachineConfig, Share
 from ..errors import ProtocolError, VmmError
-from ..locks import held
 from ..protocol import Connection
 from ..providers.base import BlockImage, Directory
 from . import probe
@@ -143,12 +142,8 @@ class QemuMachine:
         self.config = config
         self.accel = accel
         self._daemons: list[virtiofsd.Daemon] = []
-        self._root = -1
         with ExitStack() as undo:
             undo.callback(self._end_daemons)
-            if config.root is not None:
-                self._root = held(config.root.path)  # nobody clears the cache of it while the VM lives
-                undo.callback(os.close, self._root)
             self.control, control = socket.socketpair()
             undo.callback(self.control.close)
             self.console, console = socket.socketpair()
@@ -186,9 +181,6 @@ class QemuMachine:
         if self.errors >= 0:
             os.close(self.errors)
             self.errors = -1
-        if self._root >= 0:
-            os.close(self._root)
-            self._root = -1
 
     def _end_daemons(self) -> None:
         while self._daemons:

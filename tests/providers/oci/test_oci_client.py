@@ -40,7 +40,7 @@ from tests.providers.oci.registry import (
     write_layout,
 )
 from vmette.errors import VmetteError
-from vmette.providers import InvalidSpec, NetworkError, ProviderIOError
+from vmette.providers import InvalidSpec, NetworkError, ProviderIOError, http
 from vmette.providers.base import Cancelled
 from vmette.providers.oci import client as module
 from vmette.providers.oci.auth import Credentials
@@ -61,8 +61,8 @@ Answer = Callable[[Exchange], None]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """No long waits, and nothing of this computer's configuration."""
-    monkeypatch.setattr(module, "BACKOFF", 0.01)
-    monkeypatch.setattr(module, "POLL", 0.01)
+    monkeypatch.setattr(http, "BACKOFF", 0.01)
+    monkeypatch.setattr(http, "POLL", 0.01)
     for name in tuple(os.environ):
         if name.lower().endswith("_proxy") or name.startswith("VMETTE_"):
             monkeypatch.delenv(name)
@@ -472,22 +472,22 @@ def test_a_blob_that_is_cut_off_goes_on_where_it_was(download: Download, how: Ca
 
 
 def test_progress_makes_the_attempts_count_anew(download: Download) -> None:
-    with Server(cut(module.PROGRESS, hang_up)) as server, client_of(server) as client:
-        client_attempts = -(-SIZE // module.PROGRESS)
-        assert client_attempts == module.ATTEMPTS
+    with Server(cut(http.PROGRESS, hang_up)) as server, client_of(server) as client:
+        client_attempts = -(-SIZE // http.PROGRESS)
+        assert client_attempts == http.ATTEMPTS
         assert download.run(client) == BLOB
     with Server(in_turn(*[cut(20_000, hang_up)] * 9, blob)) as server, client_of(server) as client:
         download.partial.unlink()
         message = download.fails(client)
     assert f"{server.host}: the request for blob {DIGEST} of org/app failed: the connection broke (5 times)" in message
-    assert len(server.seen) == module.ATTEMPTS
+    assert len(server.seen) == http.ATTEMPTS
     assert download.partial.read_bytes() == BLOB[:100_000]  # for the next time
 
 
 def test_more_attempts_than_are_allowed_in_a_row_may_be_needed(
     download: Download, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PROGRESS", 10_000)
+    monkeypatch.setattr(http, "PROGRESS", 10_000)
     with Server(cut(20_000, hang_up)) as server, client_of(server) as client:
         assert download.run(client) == BLOB
     assert len(server.seen) == 15
@@ -524,7 +524,7 @@ def test_a_registry_that_cannot_do_ranges_and_never_gets_to_the_end(download: Do
 
     with Server(answer) as server, client_of(server) as client:
         download.fails(client)
-    assert len(server.seen) == module.ATTEMPTS
+    assert len(server.seen) == http.ATTEMPTS
 
 
 def test_a_registry_that_has_less_than_there_is_here(download: Download) -> None:
@@ -599,9 +599,9 @@ def test_what_may_pass_is_tried_again(download: Download, status: int) -> None:
     assert len(server.seen) == 5
     with Server(always(status)) as server, client_of(server) as client:
         assert f"{server.host} answers {status} (" in refused(client)
-        assert len(server.seen) == module.ATTEMPTS
+        assert len(server.seen) == http.ATTEMPTS
         assert f"{server.host} answers {status} (" in download.fails(client)
-        assert len(server.seen) == 2 * module.ATTEMPTS
+        assert len(server.seen) == 2 * http.ATTEMPTS
         with pytest.raises(NetworkError, match=f"answers {status}"):
             client.head("org/app", "1")
 
@@ -648,13 +648,13 @@ def test_a_registry_says_when_to_come_again(date: bool) -> None:
     ],
 )
 def test_when_to_come_again_is_bounded(text: str, seconds: float | None) -> None:
-    assert module._retry_after(text) == seconds
+    assert http.retry_after(text) == seconds
 
 
 def test_waits_grow_and_are_uneven(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(module._Call, "wait", lambda _, seconds: waits.append(seconds))
-    monkeypatch.setattr(module, "BACKOFF", 1.0)
+    monkeypatch.setattr(http, "BACKOFF", 1.0)
     with Server(always(503)) as server, client_of(server) as client:
         for _ in range(10):
             refused(client)
@@ -680,7 +680,7 @@ def test_a_connection_that_breaks_before_the_answer(how: Answer) -> None:
         assert client.manifest("org/app", "1").data == MANIFEST
     with Server(how) as server, client_of(server) as client:
         assert "failed: " in refused(client)
-        assert len(server.seen) == module.ATTEMPTS
+        assert len(server.seen) == http.ATTEMPTS
 
     def cut_head(exchange: Exchange) -> None:
         exchange.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Ty")
@@ -688,7 +688,7 @@ def test_a_connection_that_breaks_before_the_answer(how: Answer) -> None:
 
     with Server(cut_head) as server, client_of(server) as client:
         assert f"{server.host} sends nothing for org/app:1 (5 times)" in refused(client)
-    assert len(server.seen) == module.ATTEMPTS
+    assert len(server.seen) == http.ATTEMPTS
 
 
 @pytest.mark.parametrize(
@@ -707,8 +707,8 @@ def test_what_is_no_http(line: bytes) -> None:
 
 
 def test_silence_is_broken_off(monkeypatch: pytest.MonkeyPatch, download: Download) -> None:
-    monkeypatch.setattr(module, "READ_TIMEOUT", 0.1)
-    monkeypatch.setattr(module, "ATTEMPTS", 2)
+    monkeypatch.setattr(http, "READ_TIMEOUT", 0.1)
+    monkeypatch.setattr(http, "ATTEMPTS", 2)
 
     def silent(exchange: Exchange) -> None:
         exchange.server.over.wait(5)
@@ -741,9 +741,9 @@ def test_a_slow_loris_is_broken_off(
     monkeypatch: pytest.MonkeyPatch, download: Download, answer: Answer, what: str
 ) -> None:
     """Each byte comes in time; all of them never would."""
-    monkeypatch.setattr(module, "READ_TIMEOUT", 0.3)
-    monkeypatch.setattr(module, "SLOW_WINDOW", 0.2)
-    monkeypatch.setattr(module, "ATTEMPTS", 2)
+    monkeypatch.setattr(http, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(http, "SLOW_WINDOW", 0.2)
+    monkeypatch.setattr(http, "ATTEMPTS", 2)
     start = time.monotonic()
     with Server(answer) as server, client_of(server) as client:
         message = download.fails(client) if what == "blob" else refused(client)
@@ -752,8 +752,30 @@ def test_a_slow_loris_is_broken_off(
     assert len(server.seen) == 2
 
 
+@pytest.mark.parametrize("status", [b"401", b"404", b"302"])
+def test_a_head_that_is_broken_off_is_no_answer(monkeypatch: pytest.MonkeyPatch, status: bytes) -> None:
+    monkeypatch.setattr(http, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(http, "ATTEMPTS", 2)
+
+    def answer(exchange: Exchange) -> None:
+        exchange.wfile.write(b"HTTP/1.1 " + status + b" So it is\r\nLocation: /x\r\nX: ")
+        exchange.drip()
+
+    with Server(answer) as server, client_of(server) as client:
+        assert "the request for org/app:1 failed: time-out (2 times)" in refused(client)
+    assert len(server.seen) == 2
+
+
+def test_a_name_that_no_computer_can_have_is_not_tried_again() -> None:
+    for host in (f"{'a' * 64}.test", "a..test"):
+        with RegistryClient(host) as client:
+            message = refused(client)
+        assert "times" not in message
+        assert host in message
+
+
 def test_what_is_slow_but_not_too_slow_arrives(monkeypatch: pytest.MonkeyPatch, download: Download) -> None:
-    monkeypatch.setattr(module, "SLOW_WINDOW", 0.05)
+    monkeypatch.setattr(http, "SLOW_WINDOW", 0.05)
 
     def answer(exchange: Exchange) -> None:
         exchange.start(200, Content_Length=SIZE)
@@ -1177,7 +1199,7 @@ def test_redirects_have_an_end(download: Download) -> None:
         client_of(server) as client,
     ):
         assert "more than 5 times" in download.fails(client)
-    assert len(server.seen) == module.MAX_REDIRECTS + 1
+    assert len(server.seen) == http.MAX_REDIRECTS + 1
 
     def five(exchange: Exchange) -> None:
         hops = len(exchange.path) - len(exchange.path.rstrip("x"))
@@ -1257,7 +1279,7 @@ def test_https_where_the_certificate_is_nobodys(identity: Identity, monkeypatch:
 
 @pytest.mark.parametrize("listed", ["", "other.test", "registry.test:1", "test", "xregistry.test", "*"])
 def test_plain_http_is_for_hosts_that_are_listed(monkeypatch: pytest.MonkeyPatch, listed: str) -> None:
-    monkeypatch.setattr(module, "ATTEMPTS", 1)
+    monkeypatch.setattr(http, "ATTEMPTS", 1)
     monkeypatch.setenv("VMETTE_OCI_PLAIN_HTTP", listed)
     with Server(manifest) as server, client_of(server, KNOWN, "registry.test") as client:
         refused(client)
@@ -1284,9 +1306,9 @@ def test_plain_http_may_be_allowed(monkeypatch: pytest.MonkeyPatch, listed: str)
 )
 def test_what_is_loopback(host: str, loopback: bool) -> None:
     url_host = f"[{host}]" if ":" in host else host
-    origin = module._Origin.of(f"http://{url_host}:5000/")
+    origin = http.Origin.of(f"http://{url_host}:5000/")
     assert origin is not None
-    assert origin.loopback is origin.plain_http is loopback
+    assert origin.loopback is module._plain_http(origin) is loopback
 
 
 def test_a_proxy_of_the_environment_is_used_but_not_for_this_computer(monkeypatch: pytest.MonkeyPatch) -> None:

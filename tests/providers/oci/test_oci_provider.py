@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.images.layout import Layout, member, tar
+from tests.images.layout import MANIFEST, Layout, member, tar
 from tests.providers.oci.registry import Exchange, Server, docker_registry
 from vmette.providers import BlockFs, BlockImage, Context, Directory, InvalidSpec, NetworkError, OfflineCacheMiss
 from vmette.providers.base import Cancelled, Progress, ProviderIOError
@@ -181,12 +181,30 @@ def test_a_registry_that_is_down_has_its_cached_image_used(
         first = provide(spec, context)
     now = time.time()
     monkeypatch.setattr("vmette.providers.oci.provider.time.time", lambda: now + 7200)
-    monkeypatch.setattr("vmette.providers.oci.client.BACKOFF", 0.001, raising=False)
+    monkeypatch.setattr("vmette.providers.http.BACKOFF", 0.001)
     with caplog.at_level(logging.WARNING):
         assert provide(spec, context) == first
     assert "using the cached image" in caplog.text
     with pytest.raises(NetworkError):
         provide(spec, with_(context, pull="always"))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_registry_that_refuses_is_not_one_that_is_down(
+    proxy: Proxy, image: str, context: Context, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    spec = f"{proxy.host}/{image}:1"
+    provide(spec, context)
+    now = time.time()
+    monkeypatch.setattr("vmette.providers.oci.provider.time.time", lambda: now + 7200)
+
+    def refuse(exchange: Exchange) -> bool:
+        exchange.reply(status)
+        return True
+
+    proxy.fault = refuse
+    with pytest.raises(NetworkError):
+        provide(spec, context)
 
 
 def test_two_processes_fetch_an_image_once(proxy: Proxy, image: str, tmp_path: Path) -> None:
@@ -223,14 +241,14 @@ def test_a_killed_download_is_gone_on_with(proxy: Proxy, registry: str, image: s
     environment = {**os.environ, "VMETTE_CACHE_DIR": str(cache)}
     with subprocess.Popen(argv, env=environment) as process:
         end = time.monotonic() + 30
-        while not any(path.stat().st_size > 1_000_000 for path in cache.glob("oci/partial/*")):
+        while not any(path.stat().st_size > 1_000_000 for path in cache.glob("store/downloads/*")):
             assert time.monotonic() < end
             time.sleep(0.01)
         process.kill()
     subprocess.run(argv, env=environment, check=True)
     (resumed,) = filter(None, proxy.sent("Range"))
     assert int(resumed.removeprefix("bytes=").removesuffix("-")) > 1_000_000
-    assert list((cache / "oci/partial").iterdir()) == list((cache / "store/staging").iterdir()) == []
+    assert list((cache / "store/downloads").iterdir()) == list((cache / "store/staging").iterdir()) == []
 
 
 def test_the_platform_is_chosen_and_checked(tmp_path: Path, registry: str, proxy: Proxy, context: Context) -> None:
@@ -348,8 +366,157 @@ def test_a_limit_that_is_none(tmp_path: Path, context: Context, monkeypatch: pyt
 def test_a_layer_over_the_limit(tmp_path: Path, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMETTE_OCI_MAX_BYTES", "2000000")
     layout = Layout(tmp_path / "layout")
-    with pytest.raises(ProviderIOError, match="more than 2000000 bytes"):
+    with pytest.raises(InvalidSpec, match="more than 2000000 bytes"):
         provide(layout.tag("x", layout.manifest([BASE])), context)
+    with pytest.raises(ProviderIOError, match="more than 2000000 bytes"):
+        provide(layout.tag("y", layout.manifest([tar([member("zeros", bytes(3_000_000))])])), context)
+
+
+def test_no_file_gets_into_a_layer_that_has_another_digest(tmp_path: Path, context: Context) -> None:
+    """A blob that is another one when it is read the second time, and one that says that it is a layer's."""
+    layout = Layout(tmp_path / "layout")
+    spec = layout.tag("x", layout.manifest([TOP]))
+    described = json.loads((layout.path / "index.json").read_text())["manifests"][0]
+    document = json.loads((layout.path / "blobs" / described["digest"].replace(":", "/")).read_text())
+    blob = layout.path / "blobs" / document["layers"][0]["digest"].replace(":", "/")
+    good = blob.read_bytes()
+    evil = gzip.compress(OTHER, 1, mtime=0)
+    blob.write_bytes(evil + bytes(len(good) - len(evil)) if len(evil) < len(good) else evil[: len(good)])
+    with pytest.raises(ProviderIOError):
+        provide(spec, context)
+    assert not list((context.cache_root / "store/layers").iterdir())
+
+
+def test_a_config_that_is_a_layer_of_somebody_else_does_not_touch_it(
+    proxy: Proxy, registry: str, image: str, tmp_path: Path
+) -> None:
+    """Two pulls at once that want the same digest, one of them from a registry that has other bytes for it."""
+    digests: list[str] = []
+
+    def hostile(exchange: Exchange) -> None:
+        path = exchange.seen.path
+        if path.endswith("/manifests/1"):
+            config = {"mediaType": "x", "digest": digests[0], "size": 6_000_000}
+            body = json.dumps({"schemaVersion": 2, "config": config, "layers": []}).encode()
+            exchange.reply(200, body, Content_Type="application/vnd.oci.image.manifest.v1+json")
+        elif "/blobs/" in path:
+            exchange.reply(200, b"evil" * 1_500_000)
+        else:
+            exchange.reply(404)
+
+    def slow(exchange: Exchange) -> bool:
+        if exchange.seen.method != "GET" or "/blobs/" not in exchange.seen.path:
+            return False
+        with closing(http.client.HTTPConnection(registry)) as connection:
+            connection.request("GET", exchange.seen.path)
+            body = connection.getresponse().read()
+        exchange.start(200, Content_Length=len(body))
+        for at in range(0, len(body), 1_000_000):
+            if len(body) > 1_000_000:
+                digests[:] = ["sha256:" + exchange.seen.path.rpartition(":")[2]]
+            exchange.wfile.write(body[at : at + 1_000_000])
+            time.sleep(0.1)
+        return True
+
+    proxy.fault = slow
+    environment = {**os.environ, "VMETTE_CACHE_DIR": str(tmp_path / "cache")}
+    pull = [sys.executable, "-m", "vmette", "pull", "--quiet"]
+    with Server(hostile) as evil, subprocess.Popen([*pull, f"{proxy.host}/{image}:1"], env=environment) as good:
+        end = time.monotonic() + 30
+        while not digests:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        done = subprocess.run([*pull, f"{evil.host}/x:1"], env=environment, capture_output=True, check=False)
+        assert done.returncode == 125
+        assert good.wait() == 0
+    context = Context(tmp_path / "cache", arch="x86_64", offline=True)
+    assert names(provide(f"{proxy.host}/{image}:1", context)) == {"/etc", "/etc/base", "/etc/top", "/large"}
+
+
+ESCAPE = "\x1b]0;taken over\x07"
+
+
+def test_images_have_no_say_in_what_the_terminal_does(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    described = layout.manifest([TOP], architecture=ESCAPE)
+    specs = [layout.tag("x", layout.index([described])), layout.tag(ESCAPE, described).removesuffix(ESCAPE) + "y"]
+    for spec in specs:
+        argv = [sys.executable, "-m", "vmette", "pull", spec]
+        environment = {**os.environ, "VMETTE_CACHE_DIR": str(tmp_path / "cache")}
+        done = subprocess.run(argv, env=environment, capture_output=True, check=False)
+        assert done.returncode == 125
+        assert b"\x1b" not in done.stderr and b"taken over" in done.stderr
+
+
+SURROGATES = [
+    {"Env": ["A=\ud800"]},
+    {"Cmd": ["\udc80"]},
+    {"WorkingDir": "\ud800"},
+    {"User": "\udfff"},
+    {"User": "a\0b"},
+]
+
+
+@pytest.mark.parametrize("config", SURROGATES)
+def test_configs_that_no_guest_can_be_told(tmp_path: Path, context: Context, config: dict[str, Any]) -> None:
+    layout = Layout(tmp_path / "layout")
+    with pytest.raises(InvalidSpec, match="config whose"):
+        provide(layout.tag("x", layout.manifest([TOP], config)), context)
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 63, 10**400, 1.5, True, "1"])
+def test_sizes_that_are_none(tmp_path: Path, context: Context, size: object) -> None:
+    layout = Layout(tmp_path / "layout")
+    layer = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": "sha256:" + "0" * 64, "size": size}
+    document = {"schemaVersion": 2, "config": {}, "layers": [layer]}
+    with pytest.raises(InvalidSpec, match="malformed descriptor"):
+        provide(layout.tag("x", layout.blob(json.dumps(document).encode(), MANIFEST)), context)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, context: Context) -> None:
+    layout = Layout(tmp_path / "layout")
+    spec = layout.tag("x", layout.manifest([TOP]))
+    for blob in (layout.path / "blobs/sha256").iterdir():
+        content = blob.read_bytes()
+        blob.unlink()
+        os.mkfifo(blob)
+        with pytest.raises(ProviderIOError, match="no regular file"):
+            provide(spec, with_(context, cache_root=tmp_path / blob.name))
+        blob.unlink()
+        blob.write_bytes(content)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ProviderIOError, match="no regular file"):
+        provide(f"docker-archive:{tmp_path}/fifo", context)
+
+
+def test_a_cache_that_may_only_be_read_will_do(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    spec = layout.tag("x", layout.manifest([TOP]))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "cache", str(cache)], check=True)
+    try:
+        first = provide(spec, Context(cache, arch="x86_64"))
+        subprocess.run(["mount", "-o", "remount,ro", str(cache)], check=True)
+        assert provide(spec, Context(cache, arch="x86_64")) == first
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
+
+
+def test_a_damaged_index_of_a_layer_is_an_error_of_one_line(tmp_path: Path, context: Context) -> None:
+    layout = Layout(tmp_path / "layout")
+    spec = layout.tag("x", layout.manifest([TOP]))
+    provide(spec, context)
+    (index,) = (context.cache_root / "store/layers").glob("*/index")
+    good = index.read_bytes()
+    for bad in (b"{", b"\xff", b"[]\n", b"1\n", b"[" * 100_000, good[:-4]):
+        for image in (context.cache_root / "store/images").iterdir():
+            image.unlink()
+        index.write_bytes(bad)
+        with pytest.raises(ProviderIOError, match="vmette cache prune --all"):
+            provide(spec, context)
+    index.write_bytes(good)
+    provide(spec, context)
 
 
 # --- layouts and archives

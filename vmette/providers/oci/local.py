@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from ...errors import reason
 from ..base import InvalidSpec, ProviderIOError
@@ -24,18 +25,17 @@ MAX_MEMBERS = 100_000
 _CHUNK = 1 << 20
 
 
-def _hash(file: BinaryIO, algorithm: str) -> str:
-    digest = hashlib.new(algorithm)
-    while data := file.read(_CHUNK):
-        digest.update(data)
-    return digest.hexdigest()
-
-
 def _opened(path: Path) -> BinaryIO:
+    """A regular file: to open or to read something else may be to wait for ever."""
     try:
-        return path.open("rb")
-    except OSError as error:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
         raise ProviderIOError(f"{path}: {reason(error)}") from error
+    file = os.fdopen(fd, "rb")
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        raise ProviderIOError(f"{path} is no regular file")
+    return file
 
 
 class Layout:
@@ -75,39 +75,38 @@ class Layout:
             name = annotations.get(REF_NAME) if isinstance(annotations, dict) else None
             if name == self._tag:
                 return manifest.descriptor(entry, self.what)
-            names.append(str(name)[:100])
+            names.append(manifest.shown(name))
         raise InvalidSpec(f"{self.what}: there is no tag {self._tag!r}; there are {', '.join(names[:20]) or 'none'}")
 
     def blob(self, descriptor: Descriptor) -> bytes:
-        """A manifest or config."""
+        """A manifest or config, checked."""
         if descriptor.size > manifest.MAX_MANIFEST:
             raise InvalidSpec(f"{self.what} has a manifest or config of more than {manifest.MAX_MANIFEST} bytes")
+        algorithm, _, digits = descriptor.digest.partition(":")
         with self.layer(descriptor) as file:
-            return file.read()
+            data = file.read(descriptor.size)
+        if hashlib.new(algorithm, data).hexdigest() != digits:
+            raise ProviderIOError(f"{self._path(descriptor)} is not what its name says; the layout is damaged")
+        return data
+
+    def _path(self, descriptor: Descriptor) -> Path:
+        algorithm, _, digits = descriptor.digest.partition(":")
+        return self._directory / "blobs" / algorithm / digits
 
     @contextmanager
     def layer(self, descriptor: Descriptor, stopped: Stopped = lambda: False) -> Iterator[BinaryIO]:  # noqa: ARG002
-        """A blob, checked."""
-        algorithm, _, digits = descriptor.digest.partition(":")
-        path = self._directory / "blobs" / algorithm / digits
+        """A blob of the size that it is to have."""
+        path = self._path(descriptor)
         with _opened(path) as file:
-            try:
-                whole = os.fstat(file.fileno()).st_size == descriptor.size and _hash(file, algorithm) == digits
-                file.seek(0)
-            except OSError as error:
-                raise ProviderIOError(f"{path}: {reason(error)}") from error
-            if not whole:
+            if os.fstat(file.fileno()).st_size != descriptor.size:
                 raise ProviderIOError(f"{path} is not what its name says; the layout is damaged")
             yield file
 
     def _read(self, path: Path, most: int) -> bytes:
-        try:
-            with path.open("rb") as file:
-                data = file.read(most + 1)
-        except FileNotFoundError:
-            raise InvalidSpec(f"{self._directory} is no OCI layout: it has no index.json") from None
-        except (OSError, ValueError) as error:
-            raise InvalidSpec(f"{path}: {reason(error)}") from error
+        if not path.exists():
+            raise InvalidSpec(f"{self._directory} is no OCI layout: it has no index.json")
+        with _opened(path) as file:
+            data = file.read(most + 1)
         if len(data) > most:
             raise InvalidSpec(f"{path} is larger than {most} bytes")
         return data
@@ -126,8 +125,10 @@ class Archive:
         self._path = Path(text)
         self._members: dict[str, tuple[int, int]] = {}
         self._layers: dict[str, str] = {}
+        if not self._path.exists():
+            raise InvalidSpec(f"{self._path} does not exist")
         try:
-            with tarfile.open(self._path, "r:") as tar:
+            with _opened(self._path) as file, tarfile.open(fileobj=cast("BinaryIO", _Headers(file)), mode="r:") as tar:
                 for number, member in enumerate(tar):
                     if number >= MAX_MEMBERS:
                         raise InvalidSpec(f"{self.what} has more than {MAX_MEMBERS} members")
@@ -138,8 +139,8 @@ class Archive:
                         if where in self._members:
                             self._members[os.path.normpath(member.name)] = self._members[where]
         except OSError as error:
-            raise InvalidSpec(f"{self._path}: {reason(error)}") from error
-        except (tarfile.TarError, ValueError, EOFError) as error:
+            raise ProviderIOError(f"{self._path}: {reason(error)}") from error
+        except (tarfile.TarError, ValueError, EOFError, RecursionError) as error:
             raise InvalidSpec(f"{self._path} is no Docker archive: {error}") from error
 
     def image(self, platform: Platform) -> tuple[Image, bytes]:
@@ -161,7 +162,7 @@ class Archive:
         if not isinstance(identities, list) or len(identities) != len(names):
             raise InvalidSpec(f"{self.what} has another number of layers than its config says")
         if not platform.matches(config):
-            where = f"{config.get('os')}/{config.get('architecture')}"[:60]
+            where = manifest.shown(f"{config.get('os')}/{config.get('architecture')}")
             raise InvalidSpec(f"{self.what} is not for {platform}, but for {where} (choose with --platform)")
         layers = tuple(
             self._describe(str(name), str(identity)) for name, identity in zip(names, identities, strict=True)
@@ -205,6 +206,19 @@ class Archive:
             return self._members[os.path.normpath(name)]
         except (KeyError, ValueError):
             raise InvalidSpec(f"{self.what} has no {name[:100]!r}") from None
+
+
+class _Headers:
+    """A file of which tarfile reads headers, none of which is large in an honest archive."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell = file.seek, file.tell
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _CHUNK:
+            raise ValueError(f"it has a header of more than {_CHUNK} bytes")
+        return self._file.read(size)
 
 
 class _Part:

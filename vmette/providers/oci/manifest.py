@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ class Platform:
             InvalidSpec: it has another form.
         """
         parts = text.split("/")
-        if not 2 <= len(parts) <= 3 or not all(parts) or len(text) > 100:
+        if not re.fullmatch("[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+){1,2}", text) or len(text) > 100:
             raise InvalidSpec(f"platform {text!r} is malformed: it is OS/ARCH or OS/ARCH/VARIANT, like linux/arm64")
         return cls(parts[0], ARCHITECTURES.get(parts[1], parts[1]), "".join(parts[2:]))
 
@@ -105,7 +106,7 @@ def media_type(data: bytes, given: str | None, what: str) -> str:
         return OCI_INDEX
     if isinstance(document.get("layers"), list):
         return OCI_MANIFEST
-    raise InvalidSpec(f"{what} is no image, but {str(said)[:100]!r}")
+    raise InvalidSpec(f"{what} is no image, but {shown(said)}")
 
 
 def entries(data: bytes, what: str) -> list[dict[str, Any]]:
@@ -135,7 +136,7 @@ def choose(data: bytes, platform: Platform, what: str) -> Descriptor:
                 return descriptor(entry, what)
             if place.get("os") != "unknown":  # attestations
                 parts = (place.get("os"), place.get("architecture"), place.get("variant"))
-                known.append("/".join(str(part)[:30] for part in parts if part))
+                known.append(shown("/".join(str(part) for part in parts if part)))
     there = ", ".join(sorted(set(known))[:20]) or "none"
     raise InvalidSpec(f"{what} is not there for {platform}; it is for {there} (choose with --platform)")
 
@@ -162,8 +163,9 @@ def descriptor(value: object, what: str) -> Descriptor:
     """
     if isinstance(value, dict):
         kind, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
-        if isinstance(kind, str) and isinstance(digest, str) and is_digest(digest) and type(size) is int and size >= 0:
-            return Descriptor(kind, digest, size)
+        named = isinstance(kind, str) and isinstance(digest, str) and is_digest(digest)
+        if named and type(size) is int and 0 <= size < 1 << 63:
+            return Descriptor(str(kind), str(digest), size)
     raise InvalidSpec(f"{what} has a malformed descriptor")
 
 
@@ -189,6 +191,12 @@ def config(data: bytes, what: str) -> ImageConfig:
         _string(document, "WorkingDir", what),
         _string(document, "StopSignal", what),
     )
+
+
+def shown(value: object) -> str:
+    """What somebody else wrote, for a message: not too long, and nothing that a terminal obeys."""
+    text = str(value)[:100]
+    return text if text.isprintable() else repr(text)
 
 
 def json_object(data: bytes, what: str) -> dict[str, Any]:
@@ -217,13 +225,18 @@ def _strings(document: Mapping[str, Any], key: str, what: str) -> tuple[str, ...
     value = document.get(key)
     if value is None:
         return ()
-    if not isinstance(value, list) or not all(isinstance(item, str) and "\0" not in item for item in value):
+    if not isinstance(value, list) or not all(isinstance(item, str) and _is_text(item) for item in value):
         raise InvalidSpec(f"{what} has a config whose {key} is no list of strings")
     return tuple(value)
 
 
+def _is_text(value: str) -> bool:
+    """Whether the guest can be told `value`: no NUL, and no half of a character, which JSON can say."""
+    return not re.search("[\0\ud800-\udfff]", value)
+
+
 def _string(document: Mapping[str, Any], key: str, what: str) -> str | None:
     value = document.get(key)
-    if value is not None and (not isinstance(value, str) or "\0" in value):
+    if value is not None and (not isinstance(value, str) or not _is_text(value)):
         raise InvalidSpec(f"{what} has a config whose {key} is no string")
     return value or None

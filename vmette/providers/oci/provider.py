@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -16,15 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from ...errors import reason
+from ...files import write_atomically
 from ..base import (
     Artifact,
     Cancelled,
     Context,
     InvalidSpec,
-    NetworkError,
     OfflineCacheMiss,
     Progress,
     ProviderIOError,
+    Unreachable,
 )
 from ..layered import Layer, Stopped, assemble, limit_of, store_of
 from .local import ARCHIVE, LAYOUT
@@ -104,11 +106,14 @@ class OciProvider:
                 source = registry = _Registry(Reference.parse(spec), spec, context)
                 stack.callback(registry.close)
             image, config = source.image(platform)
+            limit = limit_of("VMETTE_OCI_MAX_BYTES", MAX_BYTES)
+            if any(layer.size > limit for layer in image.layers):
+                raise InvalidSpec(f"{source.what} has a layer of more than {limit} bytes (VMETTE_OCI_MAX_BYTES)")
             return assemble(
                 [Layer(layer.digest, layer.short, partial(source.layer, layer)) for layer in image.layers],
                 source.what,
                 context,
-                limit_of("VMETTE_OCI_MAX_BYTES", MAX_BYTES),
+                limit,
                 manifest.config(config, source.what),
             )
 
@@ -145,7 +150,7 @@ def cached(context: Context) -> Iterator[CachedImage]:
         try:
             data = _blob_path(cache, known.manifest).read_bytes()
             layers = [store.layer_path(layer.digest) for layer in manifest.image(data, known.reference).layers]
-        except (FileNotFoundError, InvalidSpec):
+        except (OSError, InvalidSpec):
             continue
         image = store.image_path(layers)
         if image.is_file() or all(layer.is_dir() for layer in layers):
@@ -202,7 +207,7 @@ class _Registry:
                 return cached
         try:
             return self._asked(platform, known, cached)
-        except NetworkError as error:
+        except Unreachable as error:
             if cached is None or self._context.pull == "always":
                 raise
             logger.warning("%s; using the cached image", error)
@@ -220,7 +225,8 @@ class _Registry:
             and cached is not None
             and self.client.head(repository, selector, stopped) == known.answered
         ):
-            self._remember(replace(known, asked=time.time()))
+            with suppress(OSError):  # of a cache that may only be read
+                self._remember(replace(known, asked=time.time()))
             return cached
         answer = self.client.manifest(repository, selector, stopped)
         top, kind, data = answer.digest, answer.media_type, answer.data
@@ -234,7 +240,7 @@ class _Registry:
         if image.config.size > manifest.MAX_MANIFEST:
             raise InvalidSpec(f"{self.what} has a config of more than {manifest.MAX_MANIFEST} bytes")
         config = self._fetched(image.config)
-        if not self._context.platform and image.config.digest != digest:
+        if digest == top:  # an index has said what it is for
             self._check_platform(config, platform)
         self._keep(digest, data)
         self._keep(image.config.digest, config)
@@ -248,7 +254,7 @@ class _Registry:
         document = manifest.json_object(config, self.what)
         architecture = document.get("architecture")
         if architecture and not platform.matches(document):
-            where = f"{document.get('os')}/{architecture}"[:60]
+            where = manifest.shown(f"{document.get('os')}/{architecture}")
             raise InvalidSpec(f"{self.what} is not there for {platform}, but for {where} (choose with --platform)")
 
     @property
@@ -279,10 +285,9 @@ class _Registry:
             path = _blob_path(self._cache, digest)
             try:
                 data = path.read_bytes()
-            except FileNotFoundError:
+            except OSError:
                 return None
-            algorithm, _, digits = digest.partition(":")
-            if hashlib.new(algorithm, data).hexdigest() != digits:
+            if not _is(data, digest):
                 logger.warning("%s is damaged; fetching it again", path)
                 return None
             found.append(data)
@@ -290,15 +295,18 @@ class _Registry:
 
     def _fetched(self, descriptor: Descriptor) -> bytes:
         path = self._partial(descriptor)
-        with self._store.locked(path.name, self._context.cancelled):
+        with self._store.locked(self._store.lock_of(path), self._context.cancelled):
             try:
                 self._download(descriptor, path, lambda _: None, self._context.cancelled)
-                return path.read_bytes()
+                data = path.read_bytes()
             finally:
                 path.unlink(missing_ok=True)
+        if not _is(data, descriptor.digest):
+            raise ProviderIOError(f"{path} has changed while it was read")
+        return data
 
     def _keep(self, digest: str, data: bytes) -> None:
-        _write(_blob_path(self._cache, digest), data)
+        write_atomically(_blob_path(self._cache, digest), data)
 
     # --- what a reference meant
 
@@ -313,7 +321,7 @@ class _Registry:
         return known
 
     def _remember(self, known: _Known) -> None:
-        _write(self._note(known.platform), json.dumps(vars(known), indent=1).encode())
+        write_atomically(self._note(known.platform), json.dumps(vars(known), indent=1).encode())
 
     # --- layers
 
@@ -322,7 +330,7 @@ class _Registry:
         return store_of(self._context)
 
     def _partial(self, descriptor: Descriptor) -> Path:
-        directory = self._cache / "partial"
+        directory = self._store.downloads
         directory.mkdir(mode=0o700, exist_ok=True)
         return directory / descriptor.digest.replace(":", "-")
 
@@ -342,10 +350,19 @@ class _Registry:
             done += count
             self._context.progress(Progress(descriptor.short, "downloading", done, descriptor.size))
 
-        self._download(descriptor, path, advance, stopped)
-        with path.open("rb") as file:
+        # The layer's own lock keeps others from unpacking it; this one from writing the file, whatever for.
+        with self._store.locked(self._store.lock_of(path), stopped):
+            self._download(descriptor, path, advance, stopped)
+            file = path.open("rb")
             path.unlink()  # it is read to its end or not at all; unpacked, it is in the store
+        with file:
             yield file
+
+
+def _is(data: bytes, digest: str) -> bool:
+    """Whether `data` has the digest."""
+    algorithm, _, digits = digest.partition(":")
+    return hashlib.new(algorithm, data).hexdigest() == digits
 
 
 def _blob_path(cache: Path, digest: str) -> Path:
@@ -355,26 +372,11 @@ def _blob_path(cache: Path, digest: str) -> Path:
 
 def _known(path: Path) -> _Known | None:
     """What the note at `path` says, if it is whole."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    with suppress(OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         known = _Known(**json.loads(path.read_text()))
         fields = (known.reference, known.platform, known.answered, known.manifest, known.config)
         digests = (known.answered, known.manifest, known.config)
-        if all(isinstance(field, str) for field in fields) and all(map(is_digest, digests)):
-            return replace(known, asked=float(known.asked))
+        asked = float(known.asked)
+        if all(isinstance(field, str) for field in fields) and all(map(is_digest, digests)) and math.isfinite(asked):
+            return replace(known, asked=asked)
     return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    import tempfile
-
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    fd, staging = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        Path(staging).replace(path)
-    except BaseException:
-        Path(staging).unlink(missing_ok=True)
-        raise
