@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vmette import assets
-from vmette.config import CMDLINE_BYTES, MachineConfig, Share
+from vmette.config import CMDLINE_BYTES, MachineConfig, Share, signal_number
 from vmette.errors import ConfigError, PayloadError, VmetteError
 from vmette.providers.base import BlockFs, BlockImage, Directory
 from vmette.vmm.cmdline import kernel_cmdline
@@ -471,3 +471,20 @@ def test_all_these_errors_are_vmettes() -> None:
     assert issubclass(ConfigError, VmetteError)
     assert issubclass(PayloadError, VmetteError)
     assert (ConfigError.exit_code, PayloadError.exit_code) == (2, 125)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *(("SIGTERM", 15), ("TERM", 15), ("sigterm", 15), ("15", 15), ("SIGQUIT", 3), ("SIGWINCH", 28), ("SIGSYS", 31)),
+        *(("SIGRTMIN", 34), ("SIGRTMIN+3", 37), ("RTMIN+30", 64), ("64", 64), ("SIGKILL", 9), ("USR2", 12)),
+    ],
+)
+def test_signals_have_linux_numbers(text: str, number: int) -> None:
+    assert signal_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "SIG", "0", "65", "-9", "1.5", "SIGNO", "SIGRTMIN+31", "SIGRTMIN-1", "²", "9 "])
+def test_signals_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not known"):
+        signal_number(text)

@@ -24,6 +24,12 @@ ROOT_TAG = "rootfs"
 CMDLINE_BYTES = 2047
 """COMMAND_LINE_SIZE of both architectures, less the final NUL (arm64's is the smaller one)."""
 
+SIGNALS = (
+    *("HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM"),
+    *("TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF"),
+    *("WINCH", "IO", "PWR", "SYS"),
+)
+"""Linux's signals on x86 and Arm from number 1 on (signal(7))."""
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -75,6 +81,8 @@ class Command:
     env: tuple[bytes, ...] = ()
     cwd: bytes | None = None
     user: bytes | None = None
+    stop_signal: int | None = None
+    """Sent when the time is over, so that the command can end by itself; None ends it at once."""
 
     @classmethod
     def of(
@@ -126,9 +134,29 @@ class Command:
                 tuple(map(os.fsencode, entries)),
                 None if cwd is None else os.fsencode(cwd),
                 None if user is None else os.fsencode(user),
+                signal_number(image.stop_signal) if image is not None and image.stop_signal else None,
             )
         except UnicodeEncodeError:
             raise ConfigError("the command, its environment, directory or user is no text") from None
+
+
+def signal_number(text: str) -> int:
+    """The guest's number of a signal, which is Linux's, whatever the host is: `SIGTERM`, `TERM`, `15`, `SIGRTMIN+3`.
+
+    Raises:
+        ConfigError: there is no such signal.
+    """
+    name = text.upper().removeprefix("SIG")
+    first_realtime, last = 34, 64  # of glibc and musl; 32 and 33 are their own
+    if name in SIGNALS:
+        return SIGNALS.index(name) + 1
+    if match := re.fullmatch(r"RTMIN(?:\+([0-9]{1,2}))?", name):
+        number = first_realtime + int(match[1] or 0)
+    else:
+        number = int(text) if re.fullmatch("[0-9]{1,2}", text) else 0
+    if not 1 <= number <= last:
+        raise ConfigError(f"signal {text!r} is not known")
+    return number
 
 
 @dataclass(frozen=True)

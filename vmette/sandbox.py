@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BOOT_SECONDS = 120.0
 """A guest that has not said hello by then never will, however busy this host is."""
 SHUTDOWN_SECONDS = 5.0
+STOP_SECONDS = 10.0
+"""What a command has, once its time is over, to act on the signal that its image asks for: Docker's default."""
 CRIPPLED_SECONDS = 1.0
 """A VM that ends takes its file servers along; if it has not ended by then, a file server went alone."""
 CONSOLE_BYTES = 16384
@@ -126,7 +128,7 @@ class Sandbox:
         sinks: dict[Channel, Sink] = {Channel.STDOUT: stdout, Channel.STDERR: stderr}
         pending: dict[Channel, deque[Output]] = {channel: deque() for channel in sinks}
         written: dict[Channel, int] = dict.fromkeys(sinks, 0)
-        stdin_open = True
+        stdin_open, stopping = True, False
         end: Exited | None = None
         while end is None or any(pending.values()):
             wanted: dict[int, int] = {}
@@ -139,7 +141,17 @@ class Sandbox:
                     busy |= sink.fd is None
                     if sink.fd is not None:
                         _want(wanted, sink.fd, WRITABLE)
-            for event in self._turn(wanted, wait=not busy):
+            try:
+                events = self._turn(wanted, wait=not busy)
+            except SandboxTimeout:
+                if stopping or command.stop_signal is None or not self._hello:
+                    raise
+                # As under Docker, the command gets the signal that its image asks for, and some time to act on it.
+                connection.signal(stream, command.stop_signal, group=False)
+                self._deadline = time.monotonic() + STOP_SECONDS
+                stopping = True
+                continue
+            for event in events:
                 if isinstance(event, Output):
                     pending[event.channel].append(event)
                 elif isinstance(event, Exited):
@@ -160,6 +172,8 @@ class Sandbox:
                     if written[channel] == len(output.data):
                         written[channel] = 0
                         connection.consumed(pending[channel].popleft())
+        if stopping:
+            raise SandboxTimeout
         return end
 
     def finish(self) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+import vmette
 from tests.images.layout import Layout, member, tar
 from tests.vm.support import Cli, command, wait_until
+from vmette import TimeoutExpired
 
 BUSYBOX = Path("/bin/busybox").read_bytes()
 # cap_net_raw=ep, as the kernel's vfs_cap_data has it (revision 2, little-endian)
@@ -150,6 +152,22 @@ def test_the_config_is_honoured_and_overridden(cli: Cli, tmp_path: Path) -> None
     assert run(cli, "--exec", "id -G", spec) == "1001 1002\n"
     done = cli("run", "--entrypoint", "", spec)
     assert (done.returncode, b"no command" in done.stderr) == (2, True)
+
+
+def test_a_stop_signal_gives_the_command_time_to_end(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(tmp_path / "layout")
+    config = {"Entrypoint": ["/bin/sh", "-c"], "StopSignal": "SIGQUIT"}
+    spec = layout.tag("x", layout.manifest([tar(BASE)], config))
+    none = layout.tag("y", layout.manifest([tar(BASE)], {"Entrypoint": ["/bin/sh", "-c"]}))
+    waits = "trap 'echo in order; exit 3' QUIT; echo up; while :; do :; done"
+    done = cli("run", "--quiet", "--timeout", "4", spec, waits)
+    assert (done.returncode, done.stdout) == (124, b"up\nin order\n")
+    done = cli("run", "--quiet", "--timeout", "4", none, waits)
+    assert (done.returncode, done.stdout) == (124, b"up\n")
+    monkeypatch.setattr("vmette.sandbox.STOP_SECONDS", 0.5)
+    with pytest.raises(TimeoutExpired) as caught:
+        vmette.run(spec, ["trap '' QUIT; echo deaf; while :; do :; done"], timeout=4)
+    assert caught.value.stdout == b"deaf\n"
 
 
 def test_an_image_without_a_command_needs_one(cli: Cli, tmp_path: Path) -> None:
