@@ -19,6 +19,7 @@ import pytest
 
 from tests.images.layout import MANIFEST, Layout, member, tar
 from tests.providers.oci.registry import Exchange, Server, docker_registry
+from vmette.errors import ConfigError
 from vmette.providers import BlockFs, BlockImage, Context, Directory, InvalidSpec, NetworkError, OfflineCacheMiss
 from vmette.providers.base import Cancelled, Progress, ProviderIOError
 from vmette.providers.oci.provider import OciProvider, cached
@@ -355,8 +356,6 @@ def test_layers_of_zstd(registry: str, tmp_path: Path, context: Context) -> None
 
 @pytest.mark.parametrize("limit", ["0", "-1", "lots"])
 def test_a_limit_that_is_none(tmp_path: Path, context: Context, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    from vmette import ConfigError
-
     monkeypatch.setenv("VMETTE_OCI_MAX_BYTES", limit)
     layout = Layout(tmp_path / "layout")
     with pytest.raises(ConfigError, match="VMETTE_OCI_MAX_BYTES"):
@@ -517,6 +516,21 @@ def test_a_damaged_index_of_a_layer_is_an_error_of_one_line(tmp_path: Path, cont
             provide(spec, context)
     index.write_bytes(good)
     provide(spec, context)
+
+
+def test_the_form_is_the_providers_or_the_contexts(tmp_path: Path, context: Context) -> None:
+    layout = Layout(tmp_path / "layout")
+    spec = layout.tag("x", layout.manifest([BASE, TOP]))
+    assert isinstance(provide(spec, context), BlockImage)
+    for artifact in (
+        provide(spec, with_(context, form="directory")),
+        OciProvider(form="directory").provide(spec, context),
+    ):
+        assert isinstance(artifact, Directory)
+        assert sorted(path.name for path in artifact.path.rglob("*")) == ["base", "etc", "large", "top"]
+    assert isinstance(OciProvider(form="block").provide(spec, with_(context, form="directory")), BlockImage)
+    with pytest.raises(ConfigError, match="form 'ball'"):
+        OciProvider(form="ball").provide(spec, context)
 
 
 # --- layouts and archives

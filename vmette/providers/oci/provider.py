@@ -62,9 +62,15 @@ class OciProvider:
     """Images by reference, with or without `oci://`; and `oci-layout:DIR[:TAG]`, `docker-archive:FILE`.
 
     It claims every bare name: it is registered last.
+
+    Args:
+        form: `block` or `directory`, in place of the context's.
     """
 
     name = "oci"
+
+    def __init__(self, form: str | None = None) -> None:
+        self._form = form
 
     def matches(self, spec: str) -> bool:
         """`oci://…`, a local form, or anything that is neither a path nor a URL."""
@@ -84,6 +90,8 @@ class OciProvider:
         """
         from .manifest import ARCHITECTURES, Platform
 
+        if self._form is not None:
+            context = replace(context, form=self._form)
         arch = context.arch or os.uname().machine
         platform = Platform.parse(context.platform or f"linux/{ARCHITECTURES.get(arch, arch)}")
         try:
