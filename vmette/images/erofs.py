@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -272,7 +272,7 @@ def _directory(inode: _Inode, inodes: dict[int, _Inode]) -> list[bytes]:
     return blocks
 
 
-def _xattrs(attributes: dict[bytes, bytes]) -> bytes:
+def _xattrs(attributes: Mapping[bytes, bytes]) -> bytes:
     """The attributes as they follow the inode; none at all if there are none."""
     if not attributes:
         return b""

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,8 @@ BLOCK = 4096
 FORMAT = 2
 """Part of the name of what is cached: another form is another name."""
 BUFFER = 1 << 20
+LINES = 1000
+"""Of an index that are read at once."""
 _ZEROS = bytes(BLOCK)
 
 
@@ -162,7 +165,10 @@ def read_index(directory: Path) -> list[Entry]:
     path = directory / "index"
     try:
         with path.open(encoding="ascii") as index:
-            return [_entry(*json.loads(line)) for line in index]
+            found: list[Entry] = []
+            while lines := list(islice(index, LINES)):
+                found += [_entry(*row) for row in json.loads(f"[{','.join(lines)}]")]
+            return found
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(errno.EIO, "damaged; clear the cache (vmette cache prune --all)", str(path)) from error
 
@@ -181,6 +187,8 @@ def _entry(
     minor: int,
     xattrs: list[tuple[str, str]],
 ) -> Entry:
-    attributes = {name.encode("latin-1"): value.encode("latin-1") for name, value in xattrs}
     names = path.encode("latin-1"), target.encode("latin-1")
-    return Entry(names[0], kind, mode, uid, gid, mtime, size, offset, names[1], (major, minor), attributes)
+    entry = Entry(names[0], kind, mode, uid, gid, mtime, size, offset, names[1], (major, minor))
+    if not xattrs:
+        return entry
+    return entry._replace(xattrs={name.encode("latin-1"): value.encode("latin-1") for name, value in xattrs})

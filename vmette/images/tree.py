@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from .archive import MAX_PATH, MAX_TEXT, ArchiveError, Entry
@@ -53,7 +53,7 @@ class Node:
         self.size = self.offset = 0
         self.target = b""
         self.device = (0, 0)
-        self.xattrs: dict[bytes, bytes] = {}
+        self.xattrs: Mapping[bytes, bytes] = {}
         if entry is not None:
             self.set(entry)
 

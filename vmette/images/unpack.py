@@ -7,7 +7,7 @@ is nobody else's: no path of the image is ever resolved by the host.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from .layers import extents, write_at
@@ -142,7 +142,7 @@ class _Unpacker:
             _set_attribute(fd, name, value)
         os.utime(fd, ns=(node.mtime, node.mtime))
 
-    def _kept(self, node: Node) -> dict[bytes, bytes]:
+    def _kept(self, node: Node) -> Mapping[bytes, bytes]:
         if self._root:
             return node.xattrs
         text = f"{node.uid}:{node.gid}:{TYPES[node.kind][0] | node.mode:07o}"

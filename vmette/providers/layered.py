@@ -244,5 +244,11 @@ def _helpers(context: Context) -> list[Path]:
     """The guest's helpers that there are."""
     if context.guest_helpers_dir is None:
         return []
-    paths = [Path(context.guest_helpers_dir) / helper for helper in HELPERS]
-    return [path for path in paths if path.is_file()]
+    found = []
+    for helper in HELPERS:
+        path = Path(context.guest_helpers_dir) / helper
+        if path.is_file():
+            found.append(path)
+        else:
+            logger.warning("guest helper %s is missing, left out", path)
+    return found
