@@ -156,11 +156,21 @@ def _row(e: Entry) -> list[object]:
     return [names[0], e.kind, e.mode, e.uid, e.gid, e.mtime, e.size, e.offset, names[1], *e.device, xattrs]
 
 
+class DamagedLayer(OSError):
+    """What is kept of a layer is not what :func:`convert` wrote."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(errno.EIO, "the cached layer is damaged; clear the cache (vmette cache prune --all)")
+        self.filename = str(directory)
+        self.directory = directory
+
+
 def read_index(directory: Path) -> list[Entry]:
     """The entries of the layer that :func:`convert` wrote to `directory`.
 
     Raises:
-        OSError: they cannot be read, or are damaged.
+        DamagedLayer: they are not there, or are none.
+        OSError: they cannot be read.
     """
     path = directory / "index"
     try:
@@ -169,8 +179,8 @@ def read_index(directory: Path) -> list[Entry]:
             while lines := list(islice(index, LINES)):
                 found += [_entry(*row) for row in json.loads(f"[{','.join(lines)}]")]
             return found
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise OSError(errno.EIO, "damaged; clear the cache (vmette cache prune --all)", str(path)) from error
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedLayer(directory) from error
 
 
 def _entry(

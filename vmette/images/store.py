@@ -180,6 +180,11 @@ class Store:
             return path.exists()
         return True
 
+    def discard(self, path: Path) -> None:
+        """Removes the entry at `path`, which is damaged."""
+        with self.locked(self.lock_of(path)):
+            remove(path)
+
     # --- what is in it
 
     def layer(

@@ -137,7 +137,7 @@ def assemble(
         ProviderError: a layer cannot be had, is damaged or hostile, or the cache cannot be written.
     """
     from ..images.archive import ArchiveError
-    from ..images.layers import Limits
+    from ..images.layers import DamagedLayer, Limits
 
     store, helpers = store_of(context), _helpers(context)
     # What is named .plain has been read without heed to whiteouts.
@@ -145,15 +145,22 @@ def assemble(
     sources = [store.layer_path(name) for name in names]
     as_directory = context.form == "directory"
     path = (store.directory_path if as_directory else store.image_path)(sources, helpers)
-    if not store.used(path.parent if as_directory else path):
-        limits = Limits(max_bytes)
+    limits, damaged = Limits(max_bytes), 0
+    while not store.used(path.parent if as_directory else path):
         with ExitStack() as stack:
-            for fd in _unpacked(dict(zip(names, layers, strict=True)), what, context, limits, oci=oci):
-                stack.callback(os.close, fd)
             try:
+                for fd in _unpacked(dict(zip(names, layers, strict=True)), what, context, limits, oci=oci):
+                    stack.callback(os.close, fd)
                 (store.directory if as_directory else store.image)(sources, limits, helpers)
             except ArchiveError as error:
                 raise ProviderIOError(f"{what}: {error}") from error
+            except DamagedLayer as error:
+                damaged += 1
+                if damaged > len(sources):
+                    raise
+                logger.warning("%s is damaged and is made anew", error.directory)
+                store.discard(error.directory)
+                continue
             stack.callback(os.close, held(path))
             evict(store)
     return Directory(path, config=config) if as_directory else BlockImage(path, BlockFs.EROFS, config)
@@ -164,7 +171,7 @@ def _unpacked(layers: Mapping[str, Layer], what: str, context: Context, limits: 
     from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
     from ..images.archive import ArchiveError
-    from ..images.layers import convert
+    from ..images.layers import DamagedLayer, convert
 
     store = store_of(context)
     stop = threading.Event()
@@ -189,7 +196,11 @@ def _unpacked(layers: Mapping[str, Layer], what: str, context: Context, limits: 
                     raise ProviderIOError(f"{what}, layer {layer.name}: it has changed while it was read")
             context.progress(Progress(layer.name, "ready"))
 
-        return held(store.layer(name, fill, stopped) / "data")
+        path = store.layer(name, fill, stopped)
+        try:
+            return held(path / "data")
+        except FileNotFoundError:
+            raise DamagedLayer(path) from None
 
     futures: list[Future[int]] = []
     with ThreadPoolExecutor(PARALLEL, "vmette-layer") as pool:

@@ -502,20 +502,27 @@ def test_a_cache_that_may_only_be_read_will_do(tmp_path: Path) -> None:
         subprocess.run(["umount", str(cache)], check=True)
 
 
-def test_a_damaged_index_of_a_layer_is_an_error_of_one_line(tmp_path: Path, context: Context) -> None:
+def test_a_damaged_layer_is_made_anew(tmp_path: Path, context: Context, caplog: pytest.LogCaptureFixture) -> None:
     layout = Layout(tmp_path / "layout")
-    spec = layout.tag("x", layout.manifest([TOP]))
-    provide(spec, context)
-    (index,) = (context.cache_root / "store/layers").glob("*/index")
-    good = index.read_bytes()
-    for bad in (b"{", b"\xff", b"[]\n", b"1\n", b"[" * 100_000, good[:-4]):
+    spec = layout.tag("x", layout.manifest([TOP, BASE]))
+    first = provide(spec, context)
+    content = first.path.read_bytes()
+    indexes = list((context.cache_root / "store/layers").glob("*/index"))
+    good = [index.read_bytes() for index in indexes]
+    for bad in (b"{", b"\xff", b"[]\n", b"1\n", b"[" * 100_000, good[0][:-4], None):
         for image in (context.cache_root / "store/images").iterdir():
             image.unlink()
-        index.write_bytes(bad)
-        with pytest.raises(ProviderIOError, match="vmette cache prune --all"):
-            provide(spec, context)
-    index.write_bytes(good)
-    provide(spec, context)
+        for index in indexes:
+            if bad is None:
+                index.unlink()
+                (index.parent / "data").unlink()
+            else:
+                index.write_bytes(bad)
+        caplog.clear()
+        assert provide(spec, context) == first
+        assert first.path.read_bytes() == content
+        assert caplog.text.count("is damaged and is made anew") == 2
+        assert [index.read_bytes() for index in indexes] == good
 
 
 def test_the_form_is_the_providers_or_the_contexts(tmp_path: Path, context: Context) -> None:
