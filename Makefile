@@ -10,7 +10,7 @@ PACKAGES := gcc libc6-dev make python3-dev python3-venv \
             bc bison flex libelf-dev linux-source-6.12 xz-utils \
             busybox-static squashfs-tools qemu-system-x86
 # The tests boot a real Debian tree, pull from a real registry, and check what we write with other people's programs.
-TEST_PACKAGES := $(PACKAGES) cpio docker-registry erofs-utils mmdebstrap openssl skopeo umoci zstd
+TEST_PACKAGES := $(PACKAGES) bzip2 cpio docker-registry erofs-utils mmdebstrap openssl skopeo umoci zstd
 AARCH64_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross mmdebstrap qemu-system-arm
 
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.c csrc/*.h csrc/*.py)
