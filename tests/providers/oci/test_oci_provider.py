@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -250,6 +251,32 @@ def test_a_killed_download_is_gone_on_with(proxy: Proxy, registry: str, image: s
     (resumed,) = filter(None, proxy.sent("Range"))
     assert int(resumed.removeprefix("bytes=").removesuffix("-")) > 1_000_000
     assert list((cache / "store/downloads").iterdir()) == list((cache / "store/staging").iterdir()) == []
+
+
+def test_a_pull_that_waits_for_a_dead_server_ends_when_it_is_told_to(proxy: Proxy, image: str, tmp_path: Path) -> None:
+    def stall(exchange: Exchange) -> bool:
+        if exchange.seen.method != "GET" or "/blobs/" not in exchange.seen.path:
+            return False
+        exchange.start(200, Content_Length=10**9)
+        exchange.wfile.write(bytes(10))
+        exchange.server.over.wait()
+        return True
+
+    proxy.fault = stall
+    environment = {**os.environ, "VMETTE_CACHE_DIR": str(tmp_path / "cache")}
+    argv = [sys.executable, "-m", "vmette", "pull", f"{proxy.host}/{image}:1"]
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        proxy.seen.clear()
+        with subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            end = time.monotonic() + 30
+            while not any("/blobs/" in seen.path for seen in proxy.seen):
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            process.send_signal(number)
+            assert process.wait(10) == status
+            assert process.stderr is not None and process.stderr.read() == b""
+    left = [path.parent.name for path in (tmp_path / "cache/store").glob("*/*")]
+    assert set(left) <= {"downloads"}
 
 
 def test_the_platform_is_chosen_and_checked(tmp_path: Path, registry: str, proxy: Proxy, context: Context) -> None:
