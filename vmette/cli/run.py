@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,11 +17,14 @@ from .. import assets
 from ..api import execute
 from ..config import ACCELERATORS, Command, MachineConfig, Share
 from ..errors import ConfigError, SandboxTimeout, TimeoutExpired
-from ..providers.base import FORMS, PULL_POLICIES, Artifact, Context
+from ..providers.base import FORMS, PULL_POLICIES, Artifact, Context, Progress
 from ..providers.registry import default_registry
 from ..streams import FdSink, FdSource
 from ..timings import Stopwatch
 from . import complain
+
+if TYPE_CHECKING:
+    from .progress import ProgressDisplay
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -160,13 +166,21 @@ def command(
 
 def resolve(spec: str, context: Context, *, quiet: bool) -> Artifact:
     """What `spec` is, with a display of what takes long."""
-    registry = default_registry()
     if quiet:
-        return registry.resolve(spec, context)
-    from .progress import ProgressDisplay
+        return default_registry().resolve(spec, context)
+    with ExitStack() as stack:
+        displays: list[ProgressDisplay] = []
 
-    with ProgressDisplay() as display:
-        return registry.resolve(spec, replace(context, progress=display))
+        def show(progress: Progress) -> None:
+            with lock:
+                if not displays:  # most runs have nothing to show
+                    from .progress import ProgressDisplay
+
+                    displays.append(stack.enter_context(ProgressDisplay()))
+            displays[0](progress)
+
+        lock = threading.Lock()
+        return default_registry().resolve(spec, replace(context, progress=show))
 
 
 def _environment(entries: tuple[str, ...]) -> dict[str, str]:
