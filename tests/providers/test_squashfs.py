@@ -116,7 +116,7 @@ def summed(data: bytes) -> bytes:
     block = 1 << data[1024 + 12]
     end = block if block > 1024 else 1024 + block
     zeroed = patched(data, 1028, "I", 0)
-    return patched(data, 1028, "I", erofs._crc32c(zeroed[1024:end]))
+    return patched(data, 1028, "I", erofs.crc32c(zeroed[1024:end]))
 
 
 # --- specs -----------------------------------------------------------------------------------------------------------

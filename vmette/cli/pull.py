@@ -5,17 +5,15 @@ from __future__ import annotations
 import click
 
 from .. import assets
-from ..providers.base import FORMS, BlockImage, Context
-from .run import resolve, set_up_logging
+from ..providers.base import BlockImage, Context
+from .run import form_option, platform_option, resolve, set_up_logging
 
 
 @click.command()
 @click.argument("spec")
-@click.option("--platform", metavar="OS/ARCH", help="The image's platform.  [default: linux on --arch]")
+@platform_option
 @click.option("--arch", help="x86_64 or aarch64.  [default: the host's]")
-@click.option(
-    "--rootfs-form", type=click.Choice(FORMS), default="block", show_default=True, help="What layers are made into."
-)
+@form_option
 @click.option("--quiet", is_flag=True, help="Print nothing but the path and errors.")
 def command(spec: str, platform: str | None, arch: str | None, rootfs_form: str, quiet: bool) -> None:
     """Fetch SPEC now, so that `vmette run` finds it in the cache, and print the path of what it has become."""

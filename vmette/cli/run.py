@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from .progress import ProgressDisplay
 
 
+platform_option = click.option(
+    "--platform", metavar="OS/ARCH", help="The image's platform.  [default: linux on --arch]"
+)
+form_option = click.option(
+    "--rootfs-form", type=click.Choice(FORMS), default="block", show_default=True, help="What layers are made into."
+)
+
+
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option("--rootfs", "rootfs_option", metavar="SPEC", help="The root filesystem, in place of ROOTFS.")
 @click.option("--exec", "shell_line", metavar="LINE", help="Run LINE with the guest's /bin/sh, in place of COMMAND.")
@@ -52,10 +60,8 @@ if TYPE_CHECKING:
 @click.option(
     "--pull", type=click.Choice(PULL_POLICIES), default="missing", show_default=True, help="When to ask the registry."
 )
-@click.option("--platform", metavar="OS/ARCH", help="The image's platform.  [default: linux on --arch]")
-@click.option(
-    "--rootfs-form", type=click.Choice(FORMS), default="block", show_default=True, help="What layers are made into."
-)
+@platform_option
+@form_option
 @click.option("--entrypoint", metavar="PROGRAM", help="In place of the image's entrypoint; an empty one is none.")
 @click.option("--kernel", type=click.Path(path_type=Path), help="Boot another kernel.")
 @click.option("--initramfs", type=click.Path(path_type=Path), help="Boot another initramfs.")

@@ -294,11 +294,11 @@ def _superblock(root_nid: int, inodes: int, blocks: int, metadata: int, uuid: by
         start = bytes(SUPERBLOCK_AT) + SUPERBLOCK.pack(*fields, *rest)
         return start + bytes(BLOCK - len(start))
 
-    return block(_crc32c(block(0)[SUPERBLOCK_AT:]))
+    return block(crc32c(block(0)[SUPERBLOCK_AT:]))
 
 
-def _crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli, reflected) as the kernel's crc32c(~0, …) has it: without the inversion at the end."""
+def crc32c(data: bytes) -> int:
+    """The Castagnoli CRC, reflected, as the kernel has it in EROFS: begun with all ones, not inverted at its end."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte

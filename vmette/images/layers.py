@@ -69,20 +69,16 @@ class _Blocks:
 
     def _flush(self) -> None:
         whole = len(self._buffer) - len(self._buffer) % BLOCK
-        if whole > BUFFER or self._buffer.startswith(_ZEROS) or self._buffer.find(_ZEROS) >= 0:
-            self._write_sparsely(whole)
-        elif whole:
-            write_at(self._file.fileno(), bytes(memoryview(self._buffer)[:whole]), self._position)
+        data = bytes(memoryview(self._buffer)[:whole])
+        start = 0
+        if _ZEROS in data:
+            for at in range(0, whole, BLOCK):
+                if data[at : at + BLOCK] == _ZEROS:
+                    write_at(self._file.fileno(), data[start:at], self._position + start)
+                    start = at + BLOCK
+        write_at(self._file.fileno(), data[start:], self._position + start)
         self._position += whole
         del self._buffer[:whole]
-
-    def _write_sparsely(self, whole: int) -> None:
-        data = bytes(self._buffer[:whole])
-        start = 0
-        for at in range(0, whole + 1, BLOCK):
-            if at == whole or data[at : at + BLOCK] == _ZEROS:
-                write_at(self._file.fileno(), data[start:at], self._position + start)
-                start = at + BLOCK
 
     def finish(self) -> None:
         end = self.begin()

@@ -214,7 +214,7 @@ class Store:
 
     def image_path(self, sources: Sequence[Path], extra: Sequence[Path] = ()) -> Path:
         """Where the image of :meth:`image` is, if it is there. `sources` need not be there any more."""
-        return self.images / f"{_name(erofs.FORMAT, sources, extra).hex()}.erofs"
+        return self.images / f"{_name(erofs.FORMAT, sources, extra)}.erofs"
 
     def image(self, sources: Sequence[Path], limits: layers.Limits, extra: Sequence[Path] = ()) -> Path:
         """The EROFS image of the layers `sources`, the lowest first.
@@ -227,7 +227,8 @@ class Store:
         Raises:
             ArchiveError: the layers do not make a root filesystem.
         """
-        uuid = _name(erofs.FORMAT, sources, extra)[:16]
+        path = self.image_path(sources, extra)
+        uuid = bytes.fromhex(path.stem)[:16]
 
         def make(staging: Path) -> None:
             with ExitStack() as stack:
@@ -236,7 +237,7 @@ class Store:
                 erofs.write(tree, files, output, uuid)
                 os.fsync(output.fileno())
 
-        return self.entry(self.image_path(sources, extra), make)
+        return self.entry(path, make)
 
     def _open_layers(
         self, sources: Sequence[Path], limits: layers.Limits, extra: Sequence[Path], stack: ExitStack
@@ -259,7 +260,7 @@ class Store:
 
     def directory_path(self, sources: Sequence[Path], extra: Sequence[Path] = ()) -> Path:
         """Where the root filesystem of :meth:`directory` is, if it is there."""
-        return self.directories / _name(_UNPACKED, sources, extra).hex() / "rootfs"
+        return self.directories / _name(_UNPACKED, sources, extra) / "rootfs"
 
     def directory(self, sources: Sequence[Path], limits: layers.Limits, extra: Sequence[Path] = ()) -> Path:
         """The same root filesystem as a directory: see :meth:`image`."""
@@ -278,9 +279,9 @@ class Store:
         return self.entry(self.directory_path(sources, extra).parent, make) / "rootfs"
 
 
-def _name(kind: object, sources: Sequence[Path], extra: Sequence[Path]) -> bytes:
+def _name(kind: object, sources: Sequence[Path], extra: Sequence[Path]) -> str:
     facts = [kind, *(path.name for path in sources), *map(_fingerprint, extra)]
-    return hashlib.sha256(json.dumps(facts).encode()).digest()
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> str:

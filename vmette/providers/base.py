@@ -139,6 +139,17 @@ class Context:
     cancelled: Callable[[], bool] = lambda: False
     """Is asked now and then whether to give up."""
 
+    @property
+    def may_ask(self) -> bool:
+        """Whether the network may be asked."""
+        return not self.offline and self.pull != "never"
+
+    def not_cached(self, spec: str, name: str | None = None) -> ProviderError:
+        """The error if the cache has not got `spec` (called `name` in messages) and the network may not be asked."""
+        if self.offline:
+            return OfflineCacheMiss(spec)
+        return InvalidSpec(f"{name or spec} is not in the cache, and it may not be pulled (--pull never)")
+
     def __post_init__(self) -> None:
         if self.pull not in PULL_POLICIES:
             raise ConfigError(f"pull policy {self.pull!r} is not known; there are {', '.join(PULL_POLICIES)}")

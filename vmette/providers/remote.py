@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Generic, TypeVar
 
 from ..errors import reason
-from ..files import write_atomically
-from .base import Cancelled, Context, InvalidSpec, OfflineCacheMiss, Progress, ProviderIOError, Unreachable
+from ..files import NotRegularError, open_regular, write_atomically
+from .base import Cancelled, Context, InvalidSpec, Progress, ProviderIOError, Unreachable
 from .layered import store_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TTL_SECONDS = 3600.0
-"""How long a URL is taken to have what it had."""
+"""How long a URL is taken to have what it had, and a tag to mean what it meant."""
 ATTEMPTS_WITH_COPY = 2
 """How often in a row a server is asked in vain if there is a copy that will do."""
 SETTLED_NS = 2 * 10**9
@@ -140,16 +140,12 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         InvalidSpec: there is none, or it cannot be opened.
     """
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)  # first: opening a device may do something
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC) if regular else -1
+        file = open_regular(path)
+    except NotRegularError:
+        raise InvalidSpec(f"{path} is not a regular file") from None
     except (OSError, ValueError) as error:
         raise InvalidSpec(f"{path}: {reason(error)}") from error
-    if fd >= 0 and not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        fd = -1
-    if fd < 0:
-        raise InvalidSpec(f"{path} is not a regular file")
-    with os.fdopen(fd, "rb") as file:
+    with file:
         yield file
 
 
@@ -309,10 +305,8 @@ class Remote(Generic[T]):
         known, value = self._look()
         if value is not None and self._will_do(known):
             return value
-        if self._context.offline:
-            raise OfflineCacheMiss(self._location.name)
-        if self._context.pull == "never":
-            raise InvalidSpec(f"{self._location.name} is not in the cache, and it may not be pulled (--pull never)")
+        if not self._context.may_ask:
+            raise self._context.not_cached(self._location.name)
         store = store_of(self._context)
         with store.locked(self._note.stem, self._context.cancelled):
             known, value = self._look()  # somebody else may have fetched it meanwhile
@@ -335,7 +329,7 @@ class Remote(Generic[T]):
 
     def _will_do(self, known: Known | None) -> bool:
         """Whether what is cached need not be compared with what the server has."""
-        if self._location.pin or self._context.offline or self._context.pull == "never" or known is None:
+        if self._location.pin or not self._context.may_ask or known is None:
             return True
         now = time.time()
         if self._began <= known.asked <= now:  # while we waited: as good as if it had been for us

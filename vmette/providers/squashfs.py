@@ -233,7 +233,7 @@ class _Image:
         data[4:8] = bytes(4)
         if len(data) < length:
             raise self._refuse("ends within its superblock")
-        if erofs._crc32c(bytes(data)) != checksum:
+        if erofs.crc32c(bytes(data)) != checksum:
             raise self._refuse("is damaged: the checksum of its superblock is wrong")
 
     def _compressed(self, name: str, known: set[str]) -> None:

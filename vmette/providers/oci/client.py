@@ -24,24 +24,18 @@ from .. import http
 from ..base import InvalidSpec, NetworkError, ProviderIOError
 from ..http import Origin, Transient, address_of, printable, refusal
 from .auth import Credentials, variable
-from .reference import api_host, canonical_host, is_digest, is_repository, is_tag
+from .manifest import DOCKER_INDEX, DOCKER_MANIFEST, MAX_MANIFEST, OCI_INDEX, OCI_MANIFEST, SCHEMA_1
+from .reference import api_host, canonical_host, digest_of, is_digest, is_repository, is_tag
 
 if TYPE_CHECKING:
     import requests
 
 logger = logging.getLogger(__name__)
 
-MAX_MANIFEST = 4 << 20
 MAX_ERROR = 1 << 16
 MAX_TOKEN = 1 << 20
 
-MANIFEST_TYPES = (
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-)
-_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+"
+MANIFEST_TYPES = (OCI_INDEX, OCI_MANIFEST, DOCKER_INDEX, DOCKER_MANIFEST)
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # noqa: S105 (what RFC 9110 calls one)
 _CHALLENGE = re.compile(rf'[\s,]*(?:({_TOKEN})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*))|({_TOKEN})(?=[\s,]|$))')
 
@@ -149,7 +143,7 @@ class RegistryClient:
     def _manifest(self, call: _Call, selector: str) -> Manifest:
         with self._request("GET", f"manifests/{selector}", call, {"Accept": ", ".join(MANIFEST_TYPES)}) as response:
             media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-            if media_type.startswith(_SCHEMA_1):
+            if media_type.startswith(f"{SCHEMA_1}+"):
                 raise InvalidSpec(
                     f"{self.host} has {call.what} as a schema 1 manifest only ({printable(media_type)}), which is "
                     "obsolete and which vmette does not read"
@@ -160,9 +154,9 @@ class RegistryClient:
             raise NetworkError(f"{self.host}: the manifest of {call.what} is larger than {MAX_MANIFEST >> 20} MiB")
         if not data:  # http.client does not see that an answer was cut off in its header
             raise Transient(f"{self.host} sends nothing for {call.what}")
-        digest = selector if is_digest(selector) else _digest("sha256", data)
+        digest = selector if is_digest(selector) else digest_of(data)
         for claim in (digest, told or digest):
-            actual = _digest(claim.partition(":")[0], data) if is_digest(claim) else digest
+            actual = digest_of(data, claim.partition(":")[0]) if is_digest(claim) else digest
             if actual != claim:
                 raise NetworkError(
                     f"{self.host} sends a wrong manifest of {call.what}: its digest is not {printable(claim)}"
@@ -425,10 +419,6 @@ def _checked(repository: str, selector: str) -> str:
     if not is_tag(selector):
         raise InvalidSpec(f"{printable(selector)!r} is neither a tag nor a digest")
     return f"{repository}:{selector}"
-
-
-def _digest(algorithm: str, data: bytes) -> str:
-    return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
 
 
 def _basic(credentials: Credentials) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ...errors import reason
+from ...files import NotRegularError, open_regular
 from ..base import InvalidSpec, ProviderIOError
 from ..layered import Stopped
 from . import manifest
 from .manifest import Descriptor, Image, Platform
-from .reference import is_tag
+from .reference import digest_of, has_digest, is_tag
 
 LAYOUT, ARCHIVE = "oci-layout:", "docker-archive:"
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -26,16 +26,12 @@ _CHUNK = 1 << 20
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A regular file: to open or to read something else may be to wait for ever."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_regular(path)
+    except NotRegularError:
+        raise ProviderIOError(f"{path} is no regular file") from None
     except (OSError, ValueError) as error:
         raise ProviderIOError(f"{path}: {reason(error)}") from error
-    file = os.fdopen(fd, "rb")
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        file.close()
-        raise ProviderIOError(f"{path} is no regular file")
-    return file
 
 
 class Layout:
@@ -82,10 +78,9 @@ class Layout:
         """A manifest or config, checked."""
         if descriptor.size > manifest.MAX_MANIFEST:
             raise InvalidSpec(f"{self.what} has a manifest or config of more than {manifest.MAX_MANIFEST} bytes")
-        algorithm, _, digits = descriptor.digest.partition(":")
         with self.layer(descriptor) as file:
             data = file.read(descriptor.size)
-        if hashlib.new(algorithm, data).hexdigest() != digits:
+        if not has_digest(data, descriptor.digest):
             raise ProviderIOError(f"{self._path(descriptor)} is not what its name says; the layout is damaged")
         return data
 
@@ -167,7 +162,7 @@ class Archive:
         layers = tuple(
             self._describe(str(name), str(identity)) for name, identity in zip(names, identities, strict=True)
         )
-        return Image(Descriptor("", f"sha256:{hashlib.sha256(data).hexdigest()}", len(data)), layers), data
+        return Image(Descriptor("", digest_of(data), len(data)), layers), data
 
     def _describe(self, name: str, identity: str) -> Descriptor:
         """A layer by what its bytes are; those of one that is not compressed are what the config says."""

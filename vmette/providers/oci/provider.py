@@ -16,11 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from ...errors import reason
 from ...files import write_atomically
 from ..base import (
     Artifact,
-    Cancelled,
     Context,
     InvalidSpec,
     OfflineCacheMiss,
@@ -29,18 +27,16 @@ from ..base import (
     Unreachable,
 )
 from ..layered import Layer, Stopped, assemble, limit_of, store_of
+from ..remote import TTL_SECONDS, translated
 from .local import ARCHIVE, LAYOUT
-from .reference import SCHEME, Reference, is_digest
+from .reference import SCHEME, Reference, has_digest, is_digest
 
 if TYPE_CHECKING:
-    from ...images.store import Store
     from .client import RegistryClient
     from .manifest import Descriptor, Image, Platform
 
 logger = logging.getLogger(__name__)
 
-TTL_SECONDS = 3600.0
-"""How long a tag is taken to mean what it meant."""
 MAX_BYTES = 16 << 30
 """The most decompressed bytes of one layer, unless VMETTE_OCI_MAX_BYTES says otherwise."""
 
@@ -94,12 +90,8 @@ class OciProvider:
             context = replace(context, form=self._form)
         arch = context.arch or os.uname().machine
         platform = Platform.parse(context.platform or f"linux/{ARCHITECTURES.get(arch, arch)}")
-        try:
+        with translated(spec):
             return self._provide(spec, platform, context)
-        except InterruptedError:
-            raise Cancelled from None
-        except OSError as error:
-            raise ProviderIOError(f"{error.filename or spec}: {reason(error)}") from error
 
     def _provide(self, spec: str, platform: Platform, context: Context) -> Artifact:
         from . import local, manifest
@@ -193,6 +185,7 @@ class _Registry:
         self._spec = spec
         self._context = context
         self._cache = context.provider_cache("oci")
+        self._store = store_of(context)
         self._client: RegistryClient | None = None
         self._lock = threading.Lock()
 
@@ -202,12 +195,10 @@ class _Registry:
         """See :class:`Source`. The registry is asked if the policy says so."""
         known = self._remembered(platform)
         cached = self._read(known) if known is not None else None
-        if self._context.offline or self._context.pull == "never":
+        if not self._context.may_ask:
             if cached is not None:
                 return cached
-            if self._context.offline:
-                raise OfflineCacheMiss(self._spec)
-            raise InvalidSpec(f"{self.what} is not in the cache, and it may not be pulled (--pull never)")
+            raise self._context.not_cached(self._spec, self.what)
         pinned = self._reference.digest is not None
         if cached is not None and known is not None:
             fresh = pinned or 0 <= time.time() - known.asked < TTL_SECONDS
@@ -295,7 +286,7 @@ class _Registry:
                 data = path.read_bytes()
             except OSError:
                 return None
-            if not _is(data, digest):
+            if not has_digest(data, digest):
                 logger.warning("%s is damaged; fetching it again", path)
                 return None
             found.append(data)
@@ -309,7 +300,7 @@ class _Registry:
                 data = path.read_bytes()
             finally:
                 path.unlink(missing_ok=True)
-        if not _is(data, descriptor.digest):
+        if not has_digest(data, descriptor.digest):
             raise ProviderIOError(f"{path} has changed while it was read")
         return data
 
@@ -333,10 +324,6 @@ class _Registry:
 
     # --- layers
 
-    @property
-    def _store(self) -> Store:
-        return store_of(self._context)
-
     def _partial(self, descriptor: Descriptor) -> Path:
         directory = self._store.downloads
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -348,7 +335,7 @@ class _Registry:
     @contextmanager
     def layer(self, descriptor: Descriptor, stopped: Stopped) -> Iterator[BinaryIO]:
         """See :class:`Source`. Goes on with what an earlier attempt has fetched; the caller holds the layer's lock."""
-        if self._context.offline or self._context.pull == "never":
+        if not self._context.may_ask:
             raise OfflineCacheMiss(f"layer {descriptor.short} of {self._spec}")
         path = self._partial(descriptor)
         done = 0
@@ -365,12 +352,6 @@ class _Registry:
             path.unlink()  # it is read to its end or not at all; unpacked, it is in the store
         with file:
             yield file
-
-
-def _is(data: bytes, digest: str) -> bool:
-    """Whether `data` has the digest."""
-    algorithm, _, digits = digest.partition(":")
-    return hashlib.new(algorithm, data).hexdigest() == digits
 
 
 def _blob_path(cache: Path, digest: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -26,6 +27,16 @@ def is_tag(text: str) -> bool:
 def is_digest(text: str) -> bool:
     """Whether `text` has the form of a digest, and its algorithm is one that vmette computes."""
     return _DIGEST.fullmatch(text) is not None
+
+
+def digest_of(data: bytes, algorithm: str = "sha256") -> str:
+    """The digest of `data`."""
+    return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
+
+
+def has_digest(data: bytes, digest: str) -> bool:
+    """Whether `digest` is that of `data`."""
+    return digest_of(data, digest.partition(":")[0]) == digest
 
 
 def is_repository(text: str) -> bool:
