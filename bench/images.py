@@ -31,7 +31,7 @@ from pathlib import Path
 
 import vmette
 from tests.images.layout import Layout, member, tar
-from tests.providers.oci.registry import docker_registry
+from tests.providers.oci.registry import docker_registry, push
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,7 @@ def push_images(directory: Path, host: str) -> None:
     debian.unlink()
     for tag in ("1", "2"):
         top = tar([member(f"srv/app/{n}.py", f"# {tag} {n}\n".encode() * 200) for n in range(100)])
-        layout.tag(tag, layout.manifest([base, top]))
-        source, target = f"oci:{layout.path}:{tag}", f"docker://{host}/image:{tag}"
-        copy = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"]
-        subprocess.run([*copy, source, target], check=True)
+        push(layout.tag(tag, layout.manifest([base, top])), host, f"image:{tag}")
 
 
 def main() -> None:

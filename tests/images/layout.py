@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
-import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TYPES = {
-    "f": tarfile.REGTYPE,
-    "d": tarfile.DIRTYPE,
-    "l": tarfile.SYMTYPE,
-    "h": tarfile.LNKTYPE,
-    "c": tarfile.CHRTYPE,
-    "b": tarfile.BLKTYPE,
-    "p": tarfile.FIFOTYPE,
-}
+from tests.images.layer_tools import B, C, D, F, H, Item, L, P, item
+from tests.images.layer_tools import tar as archive
+
+TYPES = {"f": F, "d": D, "l": L, "h": H, "c": C, "b": B, "p": P}
 GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -37,26 +30,25 @@ def member(
     device: tuple[int, int] = (0, 0),
     xattrs: Mapping[str, bytes] | None = None,
     mtime: int = 1_000_000_000,
-) -> tuple[tarfile.TarInfo, bytes]:
+) -> Item:
     """One entry of a layer, for :func:`tar`."""
-    info = tarfile.TarInfo(name)
-    info.type, info.size, info.linkname, info.mtime = TYPES[kind], len(data), target, mtime
-    info.mode = mode if mode is not None else 0o755 if kind == "d" else 0o644
-    info.uid, info.gid = owner
-    info.devmajor, info.devminor = device
-    info.pax_headers = {
-        f"SCHILY.xattr.{key}": value.decode("utf-8", "surrogateescape") for key, value in (xattrs or {}).items()
-    }
-    return info, data
+    return item(
+        name,
+        TYPES[kind],
+        data,
+        target=target,
+        mode=mode if mode is not None else 0o755 if kind == "d" else 0o644,
+        uid=owner[0],
+        gid=owner[1],
+        mtime_ns=mtime * 10**9,
+        device=device,
+        xattrs={key.encode(): value for key, value in (xattrs or {}).items()},
+    )
 
 
-def tar(members: Iterable[tuple[tarfile.TarInfo, bytes]]) -> bytes:
+def tar(members: Iterable[Item]) -> bytes:
     """A layer, not compressed."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, errors="surrogateescape") as archive:
-        for info, data in members:
-            archive.addfile(info, io.BytesIO(data))
-    return file.getvalue()
+    return archive(*members)
 
 
 class Layout:
@@ -67,6 +59,10 @@ class Layout:
         (path / "blobs/sha256").mkdir(parents=True)
         (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
         self._entries: list[dict[str, Any]] = []
+
+    def read(self, described: Mapping[str, Any]) -> bytes:
+        """The bytes of a blob."""
+        return (self.path / "blobs" / str(described["digest"]).replace(":", "/")).read_bytes()
 
     def blob(self, data: bytes, media_type: str, **more: Any) -> dict[str, Any]:
         """Writes a blob and describes it."""

@@ -27,16 +27,9 @@ from vmette.providers.http import shown
 DATA = bytes(range(256)) * 2048  # half a megabyte
 
 
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with web.site() as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "BACKOFF", 0.01)
-    monkeypatch.setattr(http, "POLL", 0.01)
+    web.hurry(monkeypatch)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.providers import web
-from tests.providers.web import Handler, Site
+from tests.providers.web import Handler, Site, later, sha256
 from vmette.errors import ConfigError
 from vmette.images import erofs
 from vmette.images.prune import prune
@@ -32,8 +30,6 @@ from vmette.providers import (
     OfflineCacheMiss,
     ProviderError,
     ProviderIOError,
-    http,
-    remote,
 )
 from vmette.providers.squashfs import SquashfsProvider
 
@@ -58,16 +54,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[BlockFs, bytes]:
     return {fstype: (directory / str(fstype)).read_bytes() for fstype in commands}
 
 
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with web.site() as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "BACKOFF", 0.01)
-    monkeypatch.setattr(http, "POLL", 0.01)
+    web.hurry(monkeypatch)
     monkeypatch.delenv("VMETTE_SQUASHFS_MAX_BYTES", raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -75,11 +64,6 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
     return Context(tmp_path / "cache")
-
-
-def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Lets so much time pass."""
-    monkeypatch.setattr(remote, "time", SimpleNamespace(time=lambda: time.time() + seconds, time_ns=time.time_ns))
 
 
 def problem(spec: str, context: Context, kind: type[ProviderError] = InvalidSpec) -> str:
@@ -99,10 +83,6 @@ def left_over(context: Context) -> list[Path]:
     """What of the cache is neither an image nor a note."""
     found = [path for path in context.cache_root.rglob("*") if path.is_file()]
     return [path for path in found if path.parent.name not in {"images", "refs"}]
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def patched(data: bytes, offset: int, layout: str, *values: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import logging
@@ -14,16 +13,15 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.providers import web
-from tests.providers.web import Handler, Site
+from tests.providers.web import Handler, Site, later, sha256
 from vmette.errors import ConfigError
 from vmette.images.store import Store
 from vmette.providers import (
@@ -37,7 +35,6 @@ from vmette.providers import (
     OfflineCacheMiss,
     ProviderError,
     ProviderIOError,
-    http,
     remote,
     tar,
 )
@@ -47,16 +44,9 @@ from vmette.providers.tar import TarProvider
 PROVIDER = TarProvider()
 
 
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with web.site() as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "BACKOFF", 0.01)
-    monkeypatch.setattr(http, "POLL", 0.01)
+    web.hurry(monkeypatch)
     monkeypatch.setattr(remote, "SETTLED_NS", 0)
     monkeypatch.delenv("VMETTE_TAR_MAX_BYTES", raising=False)
     monkeypatch.delenv("VMETTE_CACHE_MAX_BYTES", raising=False)
@@ -68,11 +58,6 @@ def context(tmp_path: Path) -> Context:
     return Context(tmp_path / "cache", form="directory")
 
 
-def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Lets so much time pass."""
-    monkeypatch.setattr(remote, "time", SimpleNamespace(time=lambda: time.time() + seconds, time_ns=time.time_ns))
-
-
 def archive(text: str = "hello", *, mode: str = "w", name: str = "etc/motd") -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as file:  # type: ignore[call-overload]
@@ -80,10 +65,6 @@ def archive(text: str = "hello", *, mode: str = "w", name: str = "etc/motd") -> 
         info.size = len(text)
         file.addfile(info, io.BytesIO(text.encode()))
     return buffer.getvalue()
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def motd(artifact: Artifact) -> str:

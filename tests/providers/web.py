@@ -9,11 +9,17 @@ import ssl
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vmette.providers import http, remote
 
 Answer = Callable[["Handler"], None]
 """What answers a request."""
@@ -161,3 +167,21 @@ def drip(start: bytes, interval: float = 0.05) -> Answer:
             handler.body(b"x")
 
     return answer
+
+
+# --- What tests of downloads share
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has nobody wait long before he tries again."""
+    monkeypatch.setattr(http, "BACKOFF", 0.01)
+    monkeypatch.setattr(http, "POLL", 0.01)
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Lets so much time pass."""
+    monkeypatch.setattr(remote, "time", SimpleNamespace(time=lambda: time.time() + seconds, time_ns=time.time_ns))
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
-import io
 import json
 import socket
 import ssl
 import struct
 import subprocess
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,14 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.images.layout import Layout, member, tar
+
 USER, PASSWORD = "tester", "s3cret-pass"
 # Of PASSWORD; bcrypt is the only hash that docker-registry takes, and Python has none. By `htpasswd -nbB -C 5`.
 HTPASSWD = "tester:$2y$05$abcdefghijklmnopqrstuuV7fpPozvyqJfnY19y0802WTlXUm6Rjy\n"
-
-OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
-OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 
 def digest_of(data: bytes) -> str:
@@ -45,59 +39,31 @@ def basic(user: str = USER, password: str = PASSWORD) -> str:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """An OCI layout with one image."""
+class Pushed:
+    """An image with one layer, in a layout of its own."""
 
-    path: Path
+    spec: str
     manifest: bytes
     config: bytes
     layer: bytes
 
 
-def descriptor(media_type: str, data: bytes) -> dict[str, Any]:
-    return {"mediaType": media_type, "digest": digest_of(data), "size": len(data)}
-
-
-def write_layout(path: Path, content: bytes = b"hello\n", architecture: str = "amd64") -> Layout:
+def write_layout(path: Path, content: bytes = b"hello\n", architecture: str = "amd64") -> Pushed:
     """Makes an image with one file, /hello."""
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as archive:
-        entry = tarfile.TarInfo("hello")
-        entry.size = len(content)
-        archive.addfile(entry, io.BytesIO(content))
-    layer = gzip.compress(tar.getvalue(), mtime=0)
-    diff = digest_of(tar.getvalue())
-    config = json.dumps(
-        {"architecture": architecture, "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": [diff]}}
-    ).encode()
-    manifest = json.dumps(
-        {
-            "schemaVersion": 2,
-            "mediaType": OCI_MANIFEST,
-            "config": descriptor(OCI_CONFIG, config),
-            "layers": [descriptor(OCI_LAYER, layer)],
-        }
-    ).encode()
-    blobs = path / "blobs/sha256"
-    blobs.mkdir(parents=True)
-    for blob in (layer, config, manifest):
-        (blobs / digest_of(blob).removeprefix("sha256:")).write_bytes(blob)
-    (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-    entry_of = descriptor(OCI_MANIFEST, manifest) | {"annotations": {"org.opencontainers.image.ref.name": "latest"}}
-    (path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry_of]}))
-    return Layout(path, manifest, config, layer)
+    layout = Layout(path)
+    described = layout.manifest([tar([member("hello", content)])], architecture=architecture)
+    manifest = layout.read(described)
+    parts = json.loads(manifest)
+    return Pushed(
+        layout.tag("latest", described), manifest, layout.read(parts["config"]), layout.read(parts["layers"][0])
+    )
 
 
-def push(layout: Layout, host: str, name: str, credentials: str | None = None) -> None:
-    """Has skopeo push the image as `name`."""
-    user = () if credentials is None else ("--dest-creds", credentials)
+def push(spec: str, host: str, name: str, *options: str) -> None:
+    """Has skopeo push the image `spec` (`oci-layout:DIR:TAG`) as `name`."""
+    copy = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", *options]
     subprocess.run(
-        [
-            *("skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", *user),
-            *(f"oci:{layout.path}:latest", f"docker://{host}/{name}"),
-        ],
-        check=True,
-        timeout=60,
+        [*copy, "oci:" + spec.removeprefix("oci-layout:"), f"docker://{host}/{name}"], check=True, timeout=60
     )
 
 

@@ -22,15 +22,15 @@ from typing import Any
 
 import pytest
 
+from tests.images.layout import INDEX as OCI_INDEX
+from tests.images.layout import MANIFEST as OCI_MANIFEST
 from tests.providers.oci.registry import (
     HTPASSWD,
-    OCI_INDEX,
-    OCI_MANIFEST,
     PASSWORD,
     USER,
     Exchange,
     Identity,
-    Layout,
+    Pushed,
     Server,
     basic,
     digest_of,
@@ -200,19 +200,19 @@ def client_of(server: Server, credentials: Credentials | None = None, name: str 
 
 
 @pytest.fixture(scope="module")
-def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Pushed:
     return write_layout(tmp_path_factory.mktemp("layout") / "image", random.Random(2).randbytes(200_000))
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, layout: Layout) -> Iterator[str]:
+def plain(tmp_path_factory: pytest.TempPathFactory, layout: Pushed) -> Iterator[str]:
     """A registry for everybody."""
     with docker_registry(tmp_path_factory.mktemp("plain")) as host:
-        push(layout, host, "org/app:1")
+        push(layout.spec, host, "org/app:1")
         yield host
 
 
-def test_docker_registry_gives_an_image(plain: str, layout: Layout, download: Download) -> None:
+def test_docker_registry_gives_an_image(plain: str, layout: Pushed, download: Download) -> None:
     digest = digest_of(layout.manifest)
     expected = Manifest(OCI_MANIFEST, digest, layout.manifest)
     with RegistryClient(plain) as client:
@@ -225,7 +225,7 @@ def test_docker_registry_gives_an_image(plain: str, layout: Layout, download: Do
             download.partial.unlink()
 
 
-def test_docker_registry_goes_on_with_a_blob(plain: str, layout: Layout, download: Download) -> None:
+def test_docker_registry_goes_on_with_a_blob(plain: str, layout: Pushed, download: Download) -> None:
     half = len(layout.layer) // 2
     download.partial.write_bytes(layout.layer[:half])
     with RegistryClient(plain) as client:
@@ -234,7 +234,7 @@ def test_docker_registry_goes_on_with_a_blob(plain: str, layout: Layout, downloa
     assert sum(download.counts) == len(layout.layer)
 
 
-def test_docker_registry_lacks_an_image(plain: str, layout: Layout, download: Download) -> None:
+def test_docker_registry_lacks_an_image(plain: str, layout: Pushed, download: Download) -> None:
     with RegistryClient(plain) as client:
         assert refused(client, "2") == f"network: {plain} has no org/app:2: manifest unknown"
         assert f"{plain} has no org/app@{DIGEST}: " in refused(client, DIGEST)
@@ -245,11 +245,11 @@ def test_docker_registry_lacks_an_image(plain: str, layout: Layout, download: Do
             client.head("org/app", "2")
 
 
-def test_docker_registry_wants_a_password(tmp_path: Path, layout: Layout, download: Download) -> None:
+def test_docker_registry_wants_a_password(tmp_path: Path, layout: Pushed, download: Download) -> None:
     (tmp_path / "htpasswd").write_text(HTPASSWD)
     auth = {"htpasswd": {"realm": "tests", "path": str(tmp_path / "htpasswd")}}
     with docker_registry(tmp_path, auth) as host:
-        push(layout, host, "org/app:1", f"{USER}:{PASSWORD}")
+        push(layout.spec, host, "org/app:1", f"--dest-creds={USER}:{PASSWORD}")
         with RegistryClient(host, credentials=KNOWN) as client:
             assert client.manifest("org/app", "1").data == layout.manifest
             assert download.run(client, digest_of(layout.layer), len(layout.layer)) == layout.layer
@@ -263,13 +263,13 @@ def test_docker_registry_wants_a_password(tmp_path: Path, layout: Layout, downlo
             assert f"not authorised: {host} does not give org/app:1 with the credentials there are" in refused(client)
 
 
-def test_docker_registry_wants_a_token(tmp_path: Path, identity: Identity, layout: Layout, download: Download) -> None:
+def test_docker_registry_wants_a_token(tmp_path: Path, identity: Identity, layout: Pushed, download: Download) -> None:
     with Server(serve_tokens(identity)) as tokens:
         realm = f"http://{tokens.host}/token?x=1"
         auth = {"realm": realm, "service": "a registry", "issuer": "tests", "rootcertbundle": str(identity.certificate)}
         with docker_registry(tmp_path, {"token": auth}) as host:
             for name in ("org/app", "public/app"):
-                push(layout, host, f"{name}:1", f"{USER}:{PASSWORD}")
+                push(layout.spec, host, f"{name}:1", f"--dest-creds={USER}:{PASSWORD}")
             tokens.seen.clear()
             with RegistryClient(host, credentials=KNOWN) as client:
                 for _ in range(2):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.images.layout import MANIFEST, Layout, member, tar
-from tests.providers.oci.registry import Exchange, Server, docker_registry
+from tests.providers.oci.registry import Exchange, Server, docker_registry, push
 from vmette.errors import ConfigError
 from vmette.providers import BlockFs, BlockImage, Context, Directory, InvalidSpec, NetworkError, OfflineCacheMiss
 from vmette.providers.base import Cancelled, Progress, ProviderIOError
@@ -80,12 +80,6 @@ def with_(context: Context, **changes: Any) -> Context:
     from dataclasses import replace
 
     return replace(context, **changes)
-
-
-def push(spec: str, host: str, name: str, *options: str) -> None:
-    oci = "oci:" + spec.removeprefix("oci-layout:")
-    copy = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", *options]
-    subprocess.run([*copy, oci, f"docker://{host}/{name}"], check=True)
 
 
 def names(artifact: object) -> set[str]:
