@@ -290,6 +290,12 @@ NAMES = st.lists(
 ).map(b"/".join)
 
 
+@pytest.mark.parametrize("name", [b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"])
+def test_a_plain_archive_is_plain_whatever_its_first_name_looks_like(name: bytes) -> None:
+    found = scan(tar(item(name, F, b"content")), whiteouts=False)
+    assert [(e.path, body) for e, body in found] == [(name, b"content")]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),

@@ -120,7 +120,8 @@ class Stream:
         self._left = limit
         self._limit = limit
         self._input = file.read(INPUT)
-        make = _format(self._input)
+        # The name that a plain archive begins with may look like anything: what is a tar header is nothing else.
+        make = None if _is_header(self._input[:RECORD]) else _format(self._input)
         self._decompressor = make() if make else None
         self._buffer = b""
         self._at = 0
@@ -207,6 +208,18 @@ _PAX_OF_ALL = (b"uid", b"gid", b"mtime")
 """What a global extended header may say: all else is of one entry only, whatever POSIX lets it be."""
 
 
+def _is_header(block: bytes) -> bool:
+    """Whether its checksum, which old programs took of signed bytes, is right."""
+    if len(block) < RECORD:
+        return False
+    try:
+        checksum = _number(block[148:156])
+    except ArchiveError:
+        return False
+    rest = block[:148] + block[156:]
+    return checksum in {256 + sum(rest), 256 + sum(rest) - 256 * sum(byte > 127 for byte in rest)}
+
+
 @dataclass(slots=True)
 class _Header:
     """What the headers of one entry say, all of them together."""
@@ -291,15 +304,8 @@ class _Headers:
         first, self._first = self._first, False
         if block == _END or (not block and not first):
             return None
-        if len(block) == RECORD:
-            stated = block[148:156]
-            try:
-                checksum = _number(stated)
-            except ArchiveError:
-                checksum = -1
-            rest = block[:148] + block[156:]
-            if checksum in {256 + sum(rest), 256 + sum(rest) - 256 * sum(byte > 127 for byte in rest)}:
-                return block
+        if _is_header(block):
+            return block
         if first:
             raise ArchiveError("it is no tar archive")
         raise ArchiveError("the archive ends within a header, or has a damaged one")
