@@ -35,6 +35,7 @@ from vmette.protocol import (
     Hello,
     Milestone,
     Output,
+    SignalFlag,
     Tag,
     Writable,
     decode_record,
@@ -221,11 +222,11 @@ def test_stdin_after_its_end(connection: Connection, end: str) -> None:
 
 def test_eof_signal_and_shutdown(connection: Connection) -> None:
     connection.send_eof(1)
-    connection.signal(1, 9)
-    connection.signal(1, 15, group=False)
+    connection.signal(1, 9, SignalFlag.GROUP)
+    connection.signal(1, 15)
     connection.shutdown()
     assert sent(connection) == [
-        Frame(FrameType.STDIN_EOF, 1),
+        Frame(FrameType.EOF, 1, bytes((0,))),
         Frame(FrameType.SIGNAL, 1, b"\x09\1"),
         Frame(FrameType.SIGNAL, 1, b"\x0f\0"),
         Frame(FrameType.SHUTDOWN, 0),
@@ -341,7 +342,7 @@ BAD_FRAMES: dict[str, Frame | bytes] = {
             "shutdown": FrameType.SHUTDOWN,
             "exec": FrameType.EXEC,
             "stdin": FrameType.STDIN,
-            "end of stdin": FrameType.STDIN_EOF,
+            "end of stdin": FrameType.EOF,
             "signal": FrameType.SIGNAL,
             "unknown type": 12,
             "last type": 255,

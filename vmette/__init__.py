@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import CompletedProcess, run
+    from .api import run
     from .config import Share
     from .errors import (
         CalledProcessError,
@@ -22,13 +22,23 @@ if TYPE_CHECKING:
         OutputTooLarge,
         PayloadError,
         ProtocolError,
+        SandboxClosed,
         TimeoutExpired,
         VmetteError,
         VmmError,
     )
+    from .process import CompletedProcess, Popen
+    from .sandbox import Sandbox
     from .timings import Timing
 
-_HOMES = {"CompletedProcess": "api", "Share": "config", "Timing": "timings", "run": "api"}
+_HOMES = {
+    "CompletedProcess": "process",
+    "Popen": "process",
+    "Sandbox": "sandbox",
+    "Share": "config",
+    "Timing": "timings",
+    "run": "api",
+}
 
 __all__ = [
     "CalledProcessError",
@@ -38,7 +48,10 @@ __all__ = [
     "GuestError",
     "OutputTooLarge",
     "PayloadError",
+    "Popen",
     "ProtocolError",
+    "Sandbox",
+    "SandboxClosed",
     "Share",
     "TimeoutExpired",
     "Timing",

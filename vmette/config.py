@@ -83,6 +83,12 @@ class Command:
     user: bytes | None = None
     stop_signal: int | None = None
     """Sent when the time is over, so that the command can end by itself; None ends it at once."""
+    terminal: tuple[int, int] | None = None
+    """Run it in a terminal of so many rows and columns."""
+    builtin: bool = False
+    """`argv` names a function of the guest's agent (csrc/guest/builtins.h), not a program."""
+    init: bool = False
+    """Run it as PID 1 of a PID namespace of its own, in which all later commands run too."""
 
     @classmethod
     def of(

@@ -16,6 +16,7 @@ __all__ = [
     "OutputTooLarge",
     "PayloadError",
     "ProtocolError",
+    "SandboxClosed",
     "TimeoutExpired",
     "VmetteError",
     "VmmError",
@@ -70,6 +71,10 @@ class OutputTooLarge(VmetteError):
 
 class ProtocolError(VmetteError):
     """The guest broke the control protocol; the VM has been ended."""
+
+
+class SandboxClosed(VmetteError):
+    """The sandbox has ended: it was closed, was idle for too long, or has lived as long as it was meant to."""
 
 
 class CommandNotStarted(VmetteError):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING
 
 from .errors import ProtocolError
@@ -17,9 +18,12 @@ __all__ = [
     "Channel",
     "Connection",
     "Event",
+    "ExecFlag",
     "FrameType",
     "Milestone",
+    "SignalFlag",
     "Tag",
+    "Usage",
     "decode_record",
     "encode_exec",
     "encode_record",
@@ -29,13 +33,19 @@ VERSION = 1
 HEADER = struct.Struct("<BBHII")
 FIELD = struct.Struct("<HHI")
 U32 = struct.Struct("<I")
+U64 = struct.Struct("<Q")
 CREDIT = struct.Struct("<BI")
+WINSIZE = struct.Struct("<HH")
+USAGE = struct.Struct("<QQQ")
 
 MAX_DATA = 65536
 MAX_EXEC = 2 << 20
 MAX_CONTROL = 4096
 WINDOW = 262144
 """Bytes that may be in flight on one channel of one stream."""
+MAX_STREAMS = 256
+FROM_GUEST = 1 << 31
+"""The bit that streams have which the guest opened."""
 
 KERNEL_TEXT_LIMIT = 256
 MAX_ERRNO = 4095
@@ -49,12 +59,17 @@ class FrameType(IntEnum):
     SHUTDOWN = 3
     EXEC = 4
     STDIN = 5
-    STDIN_EOF = 6
+    EOF = 6
     STDOUT = 7
     STDERR = 8
     WINDOW = 9
     SIGNAL = 10
     EXIT = 11
+    RESIZE = 12
+    CONNECT = 13
+    LISTEN = 14
+    OPENED = 15
+    ACCEPTED = 16
 
 
 class Tag(IntEnum):
@@ -73,10 +88,35 @@ class Tag(IntEnum):
     FLAGS = 11
     CODE = 12
     SIGNAL = 13
+    WINSIZE = 14
+    USAGE = 15
+    PEAK = 16
+    OOM_KILLS = 17
+    ADDRESS = 18
+    LISTENER = 19
+    NAME = 20
+    STAT = 21
+    TARGET = 22
+
+
+class ExecFlag(IntFlag):
+    """What FLAGS of EXEC may say."""
+
+    TERMINAL = 1
+    BUILTIN = 2
+    INIT = 4
+
+
+class SignalFlag(IntFlag):
+    """Whom SIGNAL is for: the command's process, its process group, all processes that it has started."""
+
+    PROCESS = 0
+    GROUP = 1
+    ALL = 2
 
 
 class Channel(IntEnum):
-    """A byte stream of a command, as WINDOW frames number them."""
+    """A byte stream of a command, as WINDOW and EOF frames number them. A connection has STDIN and STDOUT."""
 
     STDIN = 0
     STDOUT = 1
@@ -153,12 +193,27 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a command took of the machine; None is what the guest could not tell."""
+
+    user_seconds: float
+    system_seconds: float
+    max_rss: int
+    """Bytes of its largest process."""
+    peak_memory: int | None = None
+    """The most bytes that it and all its children held together."""
+    oom_kills: int = 0
+    """How many of its processes were killed for lack of memory."""
+
+
+@dataclass(frozen=True)
 class Exited:
-    """A command ended: exactly one of `code` (0 to 255) and `signal` (1 to 64) is set."""
+    """A command or connection ended: exactly one of `code` (0 to 255) and `signal` (1 to 64) is set."""
 
     stream: int
     code: int | None
     signal: int | None
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +223,30 @@ class Writable:
     stream: int
 
 
-Event = Hello | Failure | Output | Exited | Writable
+@dataclass(frozen=True)
+class Opened:
+    """A CONNECT has connected, or a LISTEN listens."""
+
+    stream: int
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A listener has taken a connection, which is a stream now."""
+
+    stream: int
+    listener: int
+    peer: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The peer of a connection has shut down its writing half."""
+
+    stream: int
+
+
+Event = Hello | Failure | Output | Exited | Writable | Opened | Accepted | Ended
 
 
 def encode_exec(command: Command) -> bytes:
@@ -178,20 +256,37 @@ def encode_exec(command: Command) -> bytes:
         fields.append((Tag.CWD, command.cwd))
     if command.user is not None:
         fields.append((Tag.USER, command.user))
-    fields.append((Tag.FLAGS, U32.pack(0)))
+    flags = ExecFlag.INIT if command.init else ExecFlag(0)
+    if command.builtin:
+        flags |= ExecFlag.BUILTIN
+    if command.terminal is not None:
+        flags |= ExecFlag.TERMINAL
+        fields.append((Tag.WINSIZE, WINSIZE.pack(*command.terminal)))
+    fields.append((Tag.FLAGS, U32.pack(flags)))
     return encode_record(fields)
+
+
+class _Kind(IntEnum):
+    COMMAND = 0
+    CONNECTION = 1
+    LISTENER = 2
 
 
 @dataclass
 class _Stream:
+    kind: _Kind
+    opened: bool = True
     stdin: int = WINDOW
     eof: bool = False
     windows: dict[Channel, int] = field(default_factory=lambda: {Channel.STDOUT: WINDOW, Channel.STDERR: WINDOW})
     owed: dict[Channel, int] = field(default_factory=lambda: {Channel.STDOUT: 0, Channel.STDERR: 0})
+    ended: bool = False
+    """Whether the peer of a connection will send no more."""
 
 
 _LIMITS = {FrameType.STDOUT: MAX_DATA, FrameType.STDERR: MAX_DATA}
-_FROM_GUEST = frozenset({FrameType.HELLO, FrameType.ERROR, FrameType.WINDOW, FrameType.EXIT, *_LIMITS})
+_ANSWERS = {FrameType.ERROR, FrameType.WINDOW, FrameType.EXIT, FrameType.EOF, FrameType.OPENED, FrameType.ACCEPTED}
+_FROM_GUEST = frozenset({FrameType.HELLO, *_ANSWERS, *_LIMITS})
 
 
 class Connection:
@@ -219,6 +314,12 @@ class Connection:
         """Bytes to be written to the port: delete from its front what has been written."""
         return self._out
 
+    def _open(self, kind: _Kind, frame: FrameType, payload: bytes) -> int:
+        self._last_stream += 1
+        self._streams[self._last_stream] = _Stream(kind, opened=kind is _Kind.COMMAND)
+        self._send(frame, self._last_stream, payload)
+        return self._last_stream
+
     def exec(self, command: Command) -> int:
         """Starts a command and returns its stream number.
 
@@ -228,15 +329,20 @@ class Connection:
         payload = encode_exec(command)
         if len(payload) > MAX_EXEC:
             raise ProtocolError("the command's arguments and environment are larger than 2 MiB")
-        self._last_stream += 1
-        self._streams[self._last_stream] = _Stream()
-        self._send(FrameType.EXEC, self._last_stream, payload)
-        return self._last_stream
+        return self._open(_Kind.COMMAND, FrameType.EXEC, payload)
+
+    def connect(self, address: str) -> int:
+        """Has the guest connect to `address` (docs/protocol.md, ADDRESS) and returns the connection's stream number."""
+        return self._open(_Kind.CONNECTION, FrameType.CONNECT, encode_record([(Tag.ADDRESS, os.fsencode(address))]))
+
+    def listen(self, address: str) -> int:
+        """Has the guest listen at `address` and returns the listener's stream number."""
+        return self._open(_Kind.LISTENER, FrameType.LISTEN, encode_record([(Tag.ADDRESS, os.fsencode(address))]))
 
     def stdin_room(self, stream: int) -> int:
-        """How many bytes of stdin may be sent now (0 when the command has ended)."""
+        """How many bytes of stdin may be sent now: none before it is open, nor after its end."""
         state = self._streams.get(stream)
-        return 0 if state is None or state.eof else state.stdin
+        return 0 if state is None or state.eof or not state.opened else state.stdin
 
     def send_stdin(self, stream: int, data: bytes) -> None:
         """Sends `data`, at most :meth:`stdin_room` bytes."""
@@ -249,20 +355,28 @@ class Connection:
         for at in range(0, len(data), MAX_DATA):
             self._send(FrameType.STDIN, stream, view[at : at + MAX_DATA])
 
-    def send_eof(self, stream: int) -> None:
-        """Ends the command's stdin."""
+    def send_eof(self, stream: int, channel: Channel = Channel.STDIN) -> None:
+        """Ends the stdin of a command or connection; or says that nobody reads that output of a command any more."""
         state = self._streams.get(stream)
-        if state is not None and not state.eof:
-            state.eof = True
-            self._send(FrameType.STDIN_EOF, stream)
+        if state is None or (channel is Channel.STDIN and state.eof):
+            return
+        state.eof = state.eof or channel is Channel.STDIN
+        self._send(FrameType.EOF, stream, bytes((channel,)))
 
-    def signal(self, stream: int, number: int, *, group: bool = True) -> None:
-        """Sends a signal to the command, and to its process group if `group`."""
+    def signal(self, stream: int, number: int, flags: SignalFlag = SignalFlag.PROCESS) -> None:
+        """Sends signal `number` (1 to 64) to a command; number 9 ends a connection or a listener."""
+        if not 1 <= number <= 64:
+            raise ValueError(f"{number} is no signal of Linux")
         if stream in self._streams:
-            self._send(FrameType.SIGNAL, stream, bytes((number, group)))
+            self._send(FrameType.SIGNAL, stream, bytes((number, flags)))
+
+    def resize(self, stream: int, rows: int, columns: int) -> None:
+        """Tells a command's terminal its size."""
+        if stream in self._streams:
+            self._send(FrameType.RESIZE, stream, WINSIZE.pack(rows, columns))
 
     def shutdown(self) -> None:
-        """Asks the guest to sync and power off."""
+        """Asks the guest to end all commands, sync and power off."""
         self._send(FrameType.SHUTDOWN, 0)
 
     def consumed(self, output: Output) -> None:
@@ -308,9 +422,11 @@ class Connection:
             return _decode_error(stream, payload)
         if not self._greeted:
             raise ProtocolError("the guest did not say hello")
+        if kind is FrameType.ACCEPTED:
+            return self._take_accepted(stream, payload)
         state = self._streams.get(stream)
         if state is None:
-            raise ProtocolError(f"the guest sent a frame for command {stream}, which is not running")
+            raise ProtocolError(f"the guest sent a frame for stream {stream}, which is not open")
         if kind is FrameType.WINDOW:
             return self._take_window(stream, state, payload)
         if kind is FrameType.ERROR:
@@ -319,11 +435,40 @@ class Connection:
         if kind is FrameType.EXIT:
             del self._streams[stream]
             return _decode_exit(stream, payload)
+        if kind is FrameType.OPENED:
+            if state.opened or payload:
+                raise ProtocolError("the guest opened what it had opened before")
+            state.opened = True
+            return Opened(stream)
+        if not state.opened or state.kind is _Kind.LISTENER or state.ended:
+            raise ProtocolError("the guest sent data on a stream that has none")
+        if kind is FrameType.EOF:
+            if state.kind is not _Kind.CONNECTION or payload != bytes((Channel.STDOUT,)):
+                raise ProtocolError("the guest ended what it cannot end")
+            state.ended = True
+            return Ended(stream)
         channel = Channel.STDOUT if kind is FrameType.STDOUT else Channel.STDERR
         if not payload or len(payload) > state.windows[channel]:
             raise ProtocolError("the guest sent more output than it was allowed to")
+        if channel is Channel.STDERR and state.kind is _Kind.CONNECTION:
+            raise ProtocolError("the guest sent data on a stream that has none")
         state.windows[channel] -= len(payload)
         return Output(stream, channel, payload)
+
+    def _take_accepted(self, stream: int, payload: bytes) -> Accepted:
+        listener, peer = 0, ""
+        for tag, value in decode_record(payload):
+            if tag == Tag.LISTENER:
+                listener = _u32(value)
+            elif tag == Tag.ADDRESS:
+                peer = _text(value)
+        state = self._streams.get(listener)
+        if state is None or state.kind is not _Kind.LISTENER or not state.opened:
+            raise ProtocolError("the guest took a connection where nothing listens")
+        if not stream & FROM_GUEST or stream in self._streams or len(self._streams) >= 2 * MAX_STREAMS:
+            raise ProtocolError("the guest numbered a connection wrongly")
+        self._streams[stream] = _Stream(_Kind.CONNECTION)
+        return Accepted(stream, listener, peer)
 
     def _take_hello(self, stream: int, payload: bytes) -> Hello:
         if self._greeted or stream != 0:
@@ -369,13 +514,23 @@ def _decode_error(stream: int, payload: bytes) -> Failure:
 
 
 def _decode_exit(stream: int, payload: bytes) -> Exited:
-    code = signal = None
+    code = signal = peak = None
+    usage, oom_kills = None, 0
     for tag, value in decode_record(payload):
         if tag == Tag.CODE:
             code = _u32(value)
         elif tag == Tag.SIGNAL:
             signal = _u32(value)
+        elif tag == Tag.USAGE and len(value) == USAGE.size:
+            usage = USAGE.unpack(value)
+        elif tag == Tag.PEAK and len(value) == U64.size:
+            (peak,) = U64.unpack(value)
+        elif tag == Tag.OOM_KILLS:
+            oom_kills = _u32(value)
     sound = code <= 255 and signal is None if code is not None else signal is not None and 1 <= signal <= 64
     if not sound:
         raise ProtocolError("the guest sent an exit without one sound code or signal")
-    return Exited(stream, code, signal)
+    if usage is None:
+        return Exited(stream, code, signal)
+    user, system, max_rss = usage
+    return Exited(stream, code, signal, Usage(user / 1e6, system / 1e6, max_rss, peak, oom_kills))

@@ -1,103 +1,183 @@
-"""A microVM from its start to its end, and the command that runs in it."""
+"""A microVM that lives as long as a program needs it, with many commands in it."""
 
 from __future__ import annotations
 
-import errno
+import logging
+import math
 import os
-import select
+import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from subprocess import DEVNULL, PIPE
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
-from .errors import CommandNotStarted, GuestError, SandboxTimeout, VmetteError, VmmError
-from .protocol import Channel, Connection, Event, Exited, Failure, Hello, Output
-from .streams import Sink, Source
-from .timings import Stopwatch
+from .errors import ConfigError, SandboxClosed, VmetteError, VmmError
+from .machine import Machine, MachineOptions, booted, prepare
+from .process import MAX_OUTPUT, CompletedProcess, Popen, Redirection, encoded, run
+from .timings import Stopwatch, Timing
 
 if TYPE_CHECKING:
-    from .config import Command
-    from .vmm.qemu import QemuMachine
+    from typing_extensions import Unpack
 
-BOOT_SECONDS = 120.0
-"""A guest that has not said hello by then never will, however busy this host is."""
-SHUTDOWN_SECONDS = 5.0
-STOP_SECONDS = 10.0
-"""What a command has, once its time is over, to act on the signal that its image asks for: Docker's default."""
-CRIPPLED_SECONDS = 1.0
-"""A VM that ends takes its file servers along; if it has not ended by then, a file server went alone."""
-CONSOLE_BYTES = 16384
-"""How much of the end of the console is kept."""
-LAST_WORDS = 20
+    from .filesystem import Files
+    from .guest import Guest
 
-WRITABLE = select.POLLOUT
-READABLE = select.POLLIN
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
-class Console:
-    """The end of what the guest's kernel said, fit to be shown: a hostile guest writes this."""
+class Session:
+    """A guest and the thread that turns its loop, for all the threads that use it.
 
-    def __init__(self, show: Callable[[str], None] | None = None) -> None:
-        self._tail = bytearray()
-        self._line = bytearray()
-        self._show = show
+    Whatever it is asked for after its end is refused with the reason of the end.
+    """
 
-    def feed(self, data: bytes) -> None:
-        """Takes more of it."""
-        self._tail += data
-        del self._tail[:-CONSOLE_BYTES]
-        if self._show is not None:
-            *lines, rest = (bytes(self._line) + data).split(b"\n")
-            for line in lines:
-                self._show(_plain(line))
-            self._line = bytearray(rest[-CONSOLE_BYTES:])
+    def __init__(self, machine: Machine, *, max_lifetime: float | None, idle_timeout: float | None) -> None:
+        self.stopwatch = Stopwatch()
+        self._idle_timeout = idle_timeout
+        self._busy_until = time.monotonic()
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        """Held to add to what the thread is to do, and to end that."""
+        self.ended: VmetteError | OSError | None = None
+        self._closing = False
+        with ExitStack() as stack:
+            self.guest: Guest = stack.enter_context(booted(machine, self.stopwatch))
+            self.guest.wait_for_hello()
+            self.guest.accept_calls()
+            self._dies_at = None if max_lifetime is None else time.monotonic() + max_lifetime
+            self._max_lifetime = max_lifetime
+            self._busy_until = time.monotonic()
+            self._rest = stack.pop_all()
+        self._thread = threading.Thread(target=self._serve, name="vmette-sandbox", daemon=True)
+        self._thread.start()
 
-    @property
-    def last_words(self) -> tuple[str, ...]:
-        """The last lines that are not empty."""
-        lines = [_plain(line) for line in bytes(self._tail).split(b"\n")]
-        return tuple([line for line in lines if line][-LAST_WORDS:])
+    def call(self, function: Callable[[Guest], T]) -> T:
+        """What `function` returns when the thread calls it with the guest.
 
+        Raises:
+            VmetteError: the session has ended.
+        """
+        done = threading.Event()
+        results: list[T] = []
+        errors: list[BaseException] = []
 
-def _plain(line: bytes) -> str:
-    text = line.decode("utf-8", "replace").replace("\t", "    ").rstrip()
-    return "".join(c for c in text if c.isprintable())
+        def task() -> None:
+            try:
+                results.append(function(self.guest))
+            except BaseException as error:  # the thread has to go on, and the caller to hear of it
+                errors.append(error)
+            done.set()
+
+        self.post(task)
+        done.wait()
+        if errors:
+            raise errors[0]
+        if not results:
+            raise self._reason()
+        return results[0]
+
+    def post(self, task: Callable[[], None]) -> None:
+        """Has the thread call `task`, or not if it ends before.
+
+        Raises:
+            VmetteError: the session has ended.
+        """
+        with self._lock:
+            if self.ended is not None or self._closing:
+                raise self._reason()
+            self.guest.call(task)
+
+    def close(self) -> None:
+        """Ends the VM, and waits for that."""
+        if os.getpid() != self._pid:  # a fork takes no threads along, and the VM is not its own
+            return
+        with self._lock:
+            closing, self._closing = self._closing, True
+            if self.ended is None and not closing:
+                self.guest.call(lambda: None)  # which ends its wait
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _reason(self) -> VmetteError | OSError:
+        return self.ended or SandboxClosed("the sandbox has been closed")
+
+    # --- the thread
+
+    def _serve(self) -> None:
+        error: VmetteError | OSError
+        try:
+            error = self._turn_until_closed()
+        except (VmetteError, OSError) as failure:
+            error = failure
+        except BaseException as failure:
+            logger.exception("the thread of a sandbox has failed")
+            error = VmmError(f"vmette has failed: {failure!r}")
+        with self._lock:
+            self.ended = error
+        self._rest.close()
+        self.guest.end_all(error)
+        self.guest.abandon_calls()
+
+    def _turn_until_closed(self) -> SandboxClosed:
+        while not self._closing:
+            self.guest.turn(self._next_end())
+            now = time.monotonic()
+            if self.guest.busy:
+                self._busy_until = now
+            if self._dies_at is not None and now >= self._dies_at:
+                return SandboxClosed(f"the sandbox has ended: its lifetime of {self._max_lifetime:g} seconds is over")
+            if self._idle_timeout is not None and now >= self._busy_until + self._idle_timeout:
+                return SandboxClosed(f"the sandbox has ended: it was idle for {self._idle_timeout:g} seconds")
+        self.guest.finish()
+        return SandboxClosed("the sandbox has been closed")
+
+    def _next_end(self) -> float | None:
+        ends = [] if self._dies_at is None else [self._dies_at]
+        if self._idle_timeout is not None and not self.guest.busy:
+            ends.append(self._busy_until + self._idle_timeout)
+        return min(ends, default=None)
 
 
 class Sandbox:
-    """One microVM. A context manager: at its end the VM is gone, whatever happened.
+    r"""A microVM that has booted, and runs commands until it is closed: best used in a `with` statement.
+
+    >>> with vmette.Sandbox("builtin://base") as sandbox:
+    ...     sandbox.run(["uname", "-s"], text=True).stdout
+    'Linux\n'
+
+    All methods may be called from any thread. The VM ends when the sandbox is closed or collected as garbage, when the
+    interpreter ends, and when this process is killed, however that happens.
 
     Args:
-        machine: The VM, which has just been started. It is closed with the sandbox.
-        stopwatch: Notes the milestones.
-        deadline: A time of `time.monotonic` by which all must be over.
-        debug: Is called with each line of the guest's console.
+        rootfs: A spec that a provider claims: a directory, `builtin://base`, `alpine:3.20`, ….
+        max_lifetime: Seconds after which the VM ends, whatever it does.
+        idle_timeout: Seconds without any command or open connection after which the VM ends.
+        options: The machine's: see :class:`vmette.machine.MachineOptions`.
+
+    Raises:
+        ConfigError, ProviderError, PayloadError, VmmError, GuestError, ProtocolError: the VM does not come up.
     """
 
     def __init__(
         self,
-        machine: QemuMachine,
-        stopwatch: Stopwatch,
+        rootfs: str | os.PathLike[str],
         *,
-        deadline: float | None = None,
-        debug: Callable[[str], None] | None = None,
+        max_lifetime: float | None = None,
+        idle_timeout: float | None = None,
+        **options: Unpack[MachineOptions],
     ) -> None:
-        self._stopwatch = stopwatch
-        self._deadline = deadline
-        self._console = Console(debug)
-        self._vmm_said = Console()
-        self._connection = Connection()
-        self._hello = False
-        self._crippled: float | None = None
-        """When a program that serves the VM has ended."""
-        self._writes_to_host = any(not share.read_only for share in machine.config.shares)
-        self._started = time.monotonic()
-        self._machine = machine
-        self._machine.control.setblocking(False)
-        self._machine.console.setblocking(False)
-        os.set_blocking(self._machine.errors, False)
-        self._poll = select.poll()
-        self._watched: dict[int, int] = {}
+        for name, seconds in {"max_lifetime": max_lifetime, "idle_timeout": idle_timeout}.items():
+            if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
+                raise ConfigError(f"{name} of {seconds} seconds cannot be kept")
+        self.rootfs = os.fspath(rootfs)
+        self._machine = prepare(rootfs, options)
+        self._session = Session(self._machine, max_lifetime=max_lifetime, idle_timeout=idle_timeout)
+        self._finalizer = weakref.finalize(self, self._session.close)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -105,225 +185,121 @@ class Sandbox:
     def __exit__(self, *args: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        state = f"ended ({self._session.ended})" if self._session.ended else "running"
+        return f"<vmette.Sandbox {self.rootfs} {state}>"
+
     def close(self) -> None:
-        """Ends the VM, now."""
-        self._machine.close()
-        self._stopwatch.reached("end")
+        """Ends the VM and all that runs in it. Does nothing if it has ended."""
+        self._finalizer()
 
-    # --- running a command
+    @property
+    def closed(self) -> bool:
+        """Whether the VM has ended."""
+        return self._session.ended is not None
 
-    def run(self, command: Command, stdin: Source, stdout: Sink, stderr: Sink) -> Exited:
-        """Runs `command` to its end and passes its streams on, byte for byte. Its output has been written then.
+    @property
+    def kernel(self) -> str:
+        """The release of the guest's kernel."""
+        return self._session.guest.kernel or ""
 
-        Raises:
-            CommandNotStarted: the guest has no such command, or cannot execute it.
-            GuestError: the guest did not come up, or ended before the command did.
-            VmmError: the VMM ended.
-            ProtocolError: the guest broke the protocol.
-            SandboxTimeout: the deadline passed.
-            BrokenPipeError: nobody reads `stdout` or `stderr` any more.
-        """
-        connection = self._connection
-        stream = connection.exec(command)
-        sinks: dict[Channel, Sink] = {Channel.STDOUT: stdout, Channel.STDERR: stderr}
-        pending: dict[Channel, deque[Output]] = {channel: deque() for channel in sinks}
-        written: dict[Channel, int] = dict.fromkeys(sinks, 0)
-        stdin_open, stopping = True, False
-        end: Exited | None = None
-        while end is None or any(pending.values()):
-            wanted: dict[int, int] = {}
-            room = connection.stdin_room(stream) if stdin_open and end is None else 0
-            if room and stdin.fd is not None:
-                _want(wanted, stdin.fd, READABLE)
-            busy = bool(room) and stdin.fd is None
-            for channel, sink in sinks.items():
-                if pending[channel]:
-                    busy |= sink.fd is None
-                    if sink.fd is not None:
-                        _want(wanted, sink.fd, WRITABLE)
-            try:
-                events = self._turn(wanted, wait=not busy)
-            except SandboxTimeout:
-                if stopping or command.stop_signal is None or not self._hello:
-                    raise
-                # As under Docker, the command gets the signal that its image asks for, and some time to act on it.
-                connection.signal(stream, command.stop_signal, group=False)
-                self._deadline = time.monotonic() + STOP_SECONDS
-                stopping = True
-                continue
-            for event in events:
-                if isinstance(event, Output):
-                    pending[event.channel].append(event)
-                elif isinstance(event, Exited):
-                    end = event
-                    self._stopwatch.reached("exit")
-                elif isinstance(event, Failure):
-                    raise _not_started(command, event)
-            if room and end is None and (stdin.fd is None or self._is_ready(stdin.fd)):
-                if data := stdin.read(room):
-                    connection.send_stdin(stream, data)
-                else:
-                    stdin_open = False
-                    connection.send_eof(stream)
-            for channel, sink in sinks.items():
-                if pending[channel] and (sink.fd is None or self._is_ready(sink.fd)):
-                    output = pending[channel][0]
-                    written[channel] += sink.write(memoryview(output.data)[written[channel] :])
-                    if written[channel] == len(output.data):
-                        written[channel] = 0
-                        connection.consumed(pending[channel].popleft())
-        if stopping:
-            raise SandboxTimeout
-        return end
+    @property
+    def timings(self) -> tuple[Timing, ...]:
+        """The milestones of the boot, in seconds since its start."""
+        return self._session.stopwatch.timings
 
-    def finish(self) -> None:
-        """Lets the guest write back what it holds of shares; without a writable share there is nothing to wait for."""
-        if not self._writes_to_host:
-            return
-        self._connection.shutdown()
-        give_up = time.monotonic() + SHUTDOWN_SECONDS
-        self._deadline = give_up if self._deadline is None else min(give_up, self._deadline)
-        try:
-            while True:
-                self._turn({}, wait=True)
-        except (VmetteError, SandboxTimeout):
-            pass  # it has powered off; or does not, and close() ends it
+    @property
+    def files(self) -> Files:
+        """The guest's files."""
+        from .filesystem import Files
 
-    # --- one turn of the loop
+        return Files(self._session)
 
-    def _is_ready(self, fd: int) -> bool:
-        return fd in self._ready
+    @overload
+    def run(
+        self,
+        argv: Sequence[str] = ...,
+        *,
+        text: Literal[False] = ...,
+        env: Mapping[str, str] | None = ...,
+        cwd: str | None = ...,
+        user: str | None = ...,
+        input: bytes | None = ...,
+        timeout: float | None = ...,
+        check: bool = ...,
+        max_output: int = ...,
+    ) -> CompletedProcess[bytes]: ...
 
-    def _turn(self, wanted: dict[int, int], *, wait: bool) -> list[Event]:
-        """Waits for the VM and the descriptors of `wanted`, moves what can be moved, returns what the guest said."""
-        machine = self._machine
-        outgoing = self._connection.outgoing
-        _want(wanted, machine.control.fileno(), READABLE | (WRITABLE if outgoing else 0))
-        _want(wanted, machine.console.fileno(), READABLE)
-        if machine.errors >= 0:
-            _want(wanted, machine.errors, READABLE)
-        if self._crippled is None:
-            for fd in machine.ends:
-                _want(wanted, fd, READABLE)
-        for fd in self._watched.keys() - wanted.keys():
-            self._poll.unregister(fd)
-        for fd, mask in wanted.items():
-            if self._watched.get(fd) != mask:
-                self._poll.register(fd, mask)
-        self._watched = wanted
-        self._ready = dict(self._poll.poll(self._patience() if wait else 0))
-        if self._crippled is None and any(fd in self._ready for fd in machine.ends):
-            self._crippled = time.monotonic()
-        if machine.console.fileno() in self._ready:
-            self._console.feed(_drain(machine.console.fileno()) or b"")
-        if machine.errors in self._ready and (text := _drain(machine.errors)) is not None:
-            self._vmm_said.feed(text)
-        ready = self._ready.get(machine.control.fileno(), 0)
-        if ready & WRITABLE and outgoing:
-            self._send(outgoing)
-        if not ready & ~WRITABLE:
-            return []
-        try:
-            data = machine.control.recv(262144)
-        except BlockingIOError:
-            return []
-        except ConnectionResetError:
-            data = b""
-        if not data:
-            raise self._ended()
-        events: list[Event] = []
-        for event in self._connection.receive(data):
-            if isinstance(event, Hello):
-                self._greeted(event)
-            elif isinstance(event, Failure) and event.stream == 0:
-                reason = f"{event.text}: {os.strerror(event.errno)}" if event.errno else event.text
-                raise GuestError(f"the guest could not set itself up: {reason}", self._console.last_words)
-            else:
-                events.append(event)
-        return events
+    @overload
+    def run(
+        self,
+        argv: Sequence[str] = ...,
+        *,
+        text: Literal[True],
+        env: Mapping[str, str] | None = ...,
+        cwd: str | None = ...,
+        user: str | None = ...,
+        input: str | None = ...,
+        timeout: float | None = ...,
+        check: bool = ...,
+        max_output: int = ...,
+    ) -> CompletedProcess[str]: ...
 
-    def _send(self, outgoing: bytearray) -> None:
-        try:
-            sent = self._machine.control.send(memoryview(outgoing)[:262144])
-        except BlockingIOError:
-            return
-        except (BrokenPipeError, ConnectionResetError):
-            return  # the reading side says what there is to say
-        del outgoing[:sent]
+    def run(
+        self,
+        argv: Sequence[str] = (),
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        input: bytes | str | None = None,  # noqa: A002 (the name that subprocess.run has)
+        timeout: float | None = None,
+        check: bool = False,
+        text: bool = False,
+        max_output: int = MAX_OUTPUT,
+    ) -> CompletedProcess[bytes] | CompletedProcess[str]:
+        """Runs `argv` to its end and returns what it wrote. See :func:`vmette.run`; the VM goes on.
 
-    def _patience(self) -> float | None:
-        """Milliseconds until something must have happened.
+        At the time-out the command gets the signal that the image asks for, if it does, and ten seconds to act on it;
+        then it is killed with all processes that it has started, as it is when it writes more than `max_output` bytes
+        to stdout or stderr, and when this call is interrupted.
 
         Raises:
-            GuestError: the guest has taken too long to boot.
-            VmmError: a program that serves the VM has ended.
-            SandboxTimeout: the deadline has passed.
+            CalledProcessError: `check` is set and the status is not 0.
+            TimeoutExpired: the time is over. It carries the output so far.
+            OutputTooLarge: there is more output than `max_output`.
+            CommandNotStarted: there is no such command, or it cannot be executed.
+            SandboxClosed, VmmError, GuestError, ProtocolError: the VM has ended.
         """
-        now = time.monotonic()
-        if self._deadline is not None and now >= self._deadline:
-            raise SandboxTimeout
-        until = [] if self._deadline is None else [self._deadline]
-        if self._crippled is not None:
-            until.append(self._crippled + CRIPPLED_SECONDS)
-            if now >= until[-1]:
-                said = self._vmm_said.last_words
-                raise VmmError("virtiofsd has ended before the VM did" + (f": {said[-1]}" if said else ""))
-        if not self._hello:
-            until.append(self._started + BOOT_SECONDS)
-            if now >= until[-1]:
-                raise GuestError(f"the guest did not boot within {BOOT_SECONDS:g} seconds", self._console.last_words)
-        return max(1.0, (min(until) - now) * 1000 + 1) if until else None
+        command = self._machine.command(argv, env, cwd, user)
+        completed = run(self._session, command, encoded(input), timeout, max_output, text=text)
+        if check:
+            completed.check_returncode()
+        return completed
 
-    def _greeted(self, hello: Hello) -> None:
-        self._hello = True
-        now = time.monotonic()
-        self._stopwatch.reached("hello", now)
-        # The guest counts from its kernel's start; its last milestone is the hello itself.
-        if hello.milestones:
-            kernel = now - hello.milestones[-1].usec / 1e6
-            self._stopwatch.reached("guest: kernel", kernel)
-            for milestone in hello.milestones:
-                self._stopwatch.reached(f"guest: {milestone.name}", kernel + milestone.usec / 1e6)
+    def popen(
+        self,
+        argv: Sequence[str] = (),
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        stdin: Redirection = DEVNULL,
+        stdout: Redirection = PIPE,
+        stderr: Redirection = PIPE,
+        terminal: tuple[int, int] | None = None,
+    ) -> Popen:
+        """Starts `argv` and returns at once: :class:`vmette.Popen` is its handle.
 
-    def _ended(self) -> VmetteError:
-        """The control port is closed: the VMM has ended, and says why if anything does."""
-        machine = self._machine
-        machine.child.poll(wait=True)
-        while data := _drain(machine.console.fileno()):
-            self._console.feed(data)
-        while data := _drain(machine.errors):
-            self._vmm_said.feed(data)
-        words = self._console.last_words
-        said = [line for line in self._vmm_said.last_words if line.startswith("qemu")]
-        status = os.waitstatus_to_exitcode(machine.child.status or 0)
-        if status != 0:
-            how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
-            return VmmError(f"QEMU {how}: {said[-1]}" if said else f"QEMU {how}")
-        when = "before the command did" if self._hello else "before it was up"
-        panic = next((line for line in words if "Kernel panic" in line), "")
-        return GuestError(f"the guest ended {when}" + (f": {panic}" if panic else ""), words)
-
-
-def _want(wanted: dict[int, int], fd: int, mask: int) -> None:
-    wanted[fd] = wanted.get(fd, 0) | mask
-
-
-def _drain(fd: int) -> bytes | None:
-    """What is there to read: nothing at the end, None if there is nothing yet."""
-    try:
-        return os.read(fd, 65536)
-    except BlockingIOError:
-        return None
-    except OSError as error:
-        if error.errno in {errno.ECONNRESET, errno.EIO}:
-            return b""
-        raise
-
-
-def _not_started(command: Command, failure: Failure) -> VmetteError:
-    name = os.fsdecode(command.argv[0])
-    if failure.stage != "exec":
-        return CommandNotStarted(f"cannot run {name!r}: {failure.stage}: {failure.text}", VmetteError.exit_code)
-    if failure.errno == errno.ENOENT:
-        return CommandNotStarted(f"the root filesystem has no command {name!r}", 127)
-    return CommandNotStarted(f"cannot execute {name!r}: {os.strerror(failure.errno)}", 126)
+        Args:
+            argv: As for :meth:`run`.
+            env: As for :meth:`run`.
+            cwd: As for :meth:`run`.
+            user: As for :meth:`run`.
+            stdin: Its input: `PIPE`, `DEVNULL`, a file of this process or its descriptor; None is this process's own.
+            stdout: Its output, likewise.
+            stderr: Its errors, likewise; `STDOUT` is where `stdout` goes.
+            terminal: Run it in a terminal of so many rows and columns; all its output is stdout then.
+        """
+        command = replace(self._machine.command(argv, env, cwd, user), terminal=terminal)
+        return Popen(self, self._session, command, stdin, stdout, stderr)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import select
+import socket
 import stat
+from contextlib import suppress
 from typing import Protocol
 
 from .errors import OutputTooLarge
@@ -23,6 +25,9 @@ class Source(Protocol):
     def read(self, size: int) -> bytes:
         """At least one and at most `size` bytes; none at its end."""
 
+    def end(self) -> None:
+        """No more is read."""
+
 
 class Sink(Protocol):
     """A command's stdout or stderr."""
@@ -38,11 +43,17 @@ class Sink(Protocol):
             BrokenPipeError: nobody reads it any more.
         """
 
+    def end(self) -> None:
+        """No more is written. May be called again."""
+
 
 class BytesSource:
     """Input from memory."""
 
     fd = None
+
+    def end(self) -> None:
+        """Nothing to let go of."""
 
     def __init__(self, data: bytes) -> None:
         self._rest = memoryview(data)
@@ -54,10 +65,17 @@ class BytesSource:
 
 
 class FdSource:
-    """Input from a descriptor of this process."""
+    """Input from a descriptor of this process, which is closed at the end if it is `owned`."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, owned: bool = False) -> None:
         self.fd = fd
+        self._owned = owned
+
+    def end(self) -> None:
+        """Closes what is owned."""
+        if self._owned:
+            self._owned = False
+            os.close(self.fd)
 
     def read(self, size: int) -> bytes:
         """What is there. One that is closed or cannot be read (a directory) is at its end."""
@@ -78,6 +96,9 @@ class Buffer:
 
     fd = None
 
+    def end(self) -> None:
+        """Nothing to let go of."""
+
     def __init__(self, limit: int) -> None:
         self.data = bytearray()
         self._limit = limit
@@ -92,15 +113,32 @@ class Buffer:
         return len(data)
 
 
-class FdSink:
-    """Output to a descriptor of this process, which may be shared with others and so stays as it is: blocking."""
+class Discard:
+    """Output to nowhere."""
 
-    def __init__(self, fd: int) -> None:
+    fd = None
+
+    def write(self, data: memoryview) -> int:
+        """Takes all of it."""
+        return len(data)
+
+    def end(self) -> None:
+        """Nothing to let go of."""
+
+
+class FdSink:
+    """Output to a descriptor of this process, which may be shared with others and so stays as it is: blocking.
+
+    It is closed at the end if it is `owned`.
+    """
+
+    def __init__(self, fd: int, *, owned: bool = False) -> None:
         self.fd = fd
+        self._owned = owned
         # A pipe or terminal that polls writable has room for this much (POSIX) and takes it without a wait.
         self._piece = select.PIPE_BUF
         try:
-            if stat.S_ISREG(os.fstat(fd).st_mode):
+            if stat.S_ISREG(os.fstat(fd).st_mode) or not os.get_blocking(fd):
                 self._piece = 1 << 20
         except OSError:
             pass  # it is closed: write will say so
@@ -111,3 +149,44 @@ class FdSink:
             return os.write(self.fd, data[: self._piece])
         except BlockingIOError:  # somebody else made it non-blocking, and filled it
             return 0
+
+    def end(self) -> None:
+        """Closes what is owned."""
+        if self._owned:
+            self._owned = False
+            os.close(self.fd)
+
+
+class SocketSource:
+    """What the other end of a stream socket of this process sends. The socket is its owner's to close."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self.fd = connection.fileno()
+
+    def read(self, size: int) -> bytes:
+        """What is there."""
+        return self._socket.recv(min(size, READ_BYTES))
+
+    def end(self) -> None:
+        """Nothing to let go of."""
+
+
+class SocketSink:
+    """The other end of a stream socket of this process, which is non-blocking. The socket is its owner's to close."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self.fd = connection.fileno()
+
+    def write(self, data: memoryview) -> int:
+        """Takes as much as there is room for."""
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+
+    def end(self) -> None:
+        """The other end hears that no more comes."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from .. import assets
 from ..providers.base import BlockImage, Context
-from .run import form_option, platform_option, resolve, set_up_logging
+from ..providers.registry import default_registry
+from .run import form_option, platform_option, set_up_logging, shown_progress
 
 
 @click.command()
@@ -20,7 +23,8 @@ def command(spec: str, platform: str | None, arch: str | None, rootfs_form: str,
     set_up_logging(quiet=quiet, debug=False)
     machine = assets.canonical_arch(arch) if arch else assets.host_arch()
     context = Context(assets.cache_root(), arch=machine, pull="always", platform=platform, form=rootfs_form)
-    artifact = resolve(spec, context, quiet=quiet)
+    with shown_progress(quiet=quiet) as progress:
+        artifact = default_registry().resolve(spec, replace(context, progress=progress))
     click.echo(str(artifact.path))
     if not quiet and isinstance(artifact, BlockImage):
         from .progress import human

@@ -6,19 +6,18 @@ import logging
 import os
 import threading
 import time
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .. import assets
 from ..api import execute
-from ..config import ACCELERATORS, Command, MachineConfig, Share
+from ..config import ACCELERATORS, Command, Share
 from ..errors import ConfigError, SandboxTimeout, TimeoutExpired
-from ..providers.base import FORMS, PULL_POLICIES, Artifact, Context, Progress
-from ..providers.registry import default_registry
+from ..machine import MachineOptions, prepare
+from ..providers.base import FORMS, PULL_POLICIES, Progress
 from ..streams import FdSink, FdSource
 from ..timings import Stopwatch
 from . import complain
@@ -130,30 +129,31 @@ def command(
         entrypoint = ""
     environment = _environment(env)
     Command.of(arguments or ["-"], environment, workdir, user)  # what is wrong with it is said before all else
-    arch = assets.canonical_arch(arch) if arch else assets.host_arch()
-    parsed_shares = tuple(Share.parse(text) for text in shares)
-    context = Context(assets.cache_root(), offline, arch=arch, pull=pull, platform=platform, form=rootfs_form)
-    artifact = resolve(rootfs, context, quiet=quiet)
+    options: MachineOptions = {
+        "offline": offline,
+        "pull": pull,
+        "platform": platform,
+        "rootfs_form": rootfs_form,
+        "arch": arch,
+        "shares": tuple(Share.parse(text) for text in shares),
+        "vcpus": vcpus,
+        "mem_mib": mem_mib,
+        "rootfs_ro": rootfs_ro,
+        "kernel": kernel,
+        "initramfs": initramfs,
+        "cmdline": cmdline,
+        "accel": accel,
+    }
+    with shown_progress(quiet=quiet) as progress:
+        machine = prepare(rootfs, {**options, "progress": progress})
     program = None if entrypoint is None else [entrypoint] if entrypoint else []
-    if not arguments and not program and not (artifact.config and (artifact.config.entrypoint or artifact.config.cmd)):
+    if not arguments and not program and not (machine.image and (machine.image.entrypoint or machine.image.cmd)):
         raise click.UsageError("there is no command to run: give COMMAND, or a line with --exec")
-    request = Command.of(arguments, environment, workdir, user, image=artifact.config, entrypoint=program)
-    config = MachineConfig(
-        artifact,
-        shares=parsed_shares,
-        vcpus=vcpus,
-        mem_mib=mem_mib,
-        root_read_only=rootfs_ro,
-        kernel=kernel,
-        initramfs=initramfs,
-        cmdline=cmdline,
-        arch=arch,
-        accel=accel,
-    )
+    request = machine.command(arguments, environment, workdir, user, program)
     stopwatch.reached("rootfs")
     try:
         exited = execute(
-            config,
+            machine,
             request,
             FdSource(0),
             FdSink(1),
@@ -170,10 +170,9 @@ def command(
     return 128 + exited.signal if exited.signal is not None else exited.code or 0
 
 
-def resolve(spec: str, context: Context, *, quiet: bool) -> Artifact:
-    """What `spec` is, with a display of what takes long."""
-    if quiet:
-        return default_registry().resolve(spec, context)
+@contextmanager
+def shown_progress(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A callback for what takes long, and its display: none if `quiet`, nor when there is nothing to show."""
     with ExitStack() as stack:
         displays: list[ProgressDisplay] = []
 
@@ -186,7 +185,7 @@ def resolve(spec: str, context: Context, *, quiet: bool) -> Artifact:
             displays[0](progress)
 
         lock = threading.Lock()
-        return default_registry().resolve(spec, replace(context, progress=show))
+        yield show if not quiet else lambda _: None
 
 
 def _environment(entries: tuple[str, ...]) -> dict[str, str]:

@@ -1,0 +1,582 @@
+"""The host's end of a running guest: one loop that moves bytes between the control port and what they are for."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from .errors import CommandNotStarted, GuestError, SandboxTimeout, VmetteError, VmmError
+from .protocol import Accepted, Channel, Connection, Ended, Event, Exited, Failure, Hello, Opened, Output, SignalFlag
+from .streams import Discard, Sink, Source
+from .timings import Stopwatch
+
+if TYPE_CHECKING:
+    from .config import Command
+    from .vmm.qemu import QemuMachine
+
+BOOT_SECONDS = 120.0
+"""A guest that has not said hello by then never will, however busy this host is."""
+SHUTDOWN_SECONDS = 5.0
+STOP_SECONDS = 10.0
+"""What a command has, once its time is over, to act on the signal that its image asks for: Docker's default."""
+CRIPPLED_SECONDS = 1.0
+"""A VM that ends takes its file servers along; if it has not ended by then, a file server went alone."""
+CONSOLE_BYTES = 16384
+"""How much of the end of the console is kept."""
+LAST_WORDS = 20
+
+WRITABLE = select.POLLOUT
+READABLE = select.POLLIN
+
+
+class Console:
+    """The end of what the guest's kernel said, fit to be shown: a hostile guest writes this."""
+
+    def __init__(self, show: Callable[[str], None] | None = None) -> None:
+        self._tail = bytearray()
+        self._line = bytearray()
+        self._show = show
+
+    def feed(self, data: bytes) -> None:
+        """Takes more of it."""
+        self._tail += data
+        del self._tail[:-CONSOLE_BYTES]
+        if self._show is not None:
+            *lines, rest = (bytes(self._line) + data).split(b"\n")
+            for line in lines:
+                self._show(_plain(line))
+            self._line = bytearray(rest[-CONSOLE_BYTES:])
+
+    @property
+    def last_words(self) -> tuple[str, ...]:
+        """The last lines that are not empty."""
+        lines = [_plain(line) for line in bytes(self._tail).split(b"\n")]
+        return tuple([line for line in lines if line][-LAST_WORDS:])
+
+
+def _plain(line: bytes) -> str:
+    text = line.decode("utf-8", "replace").replace("\t", "    ").rstrip()
+    return "".join(c for c in text if c.isprintable())
+
+
+Ending = Exited | Failure | Exception
+"""How a stream ended: the guest's word, or what went wrong on this side."""
+
+
+class Stream:
+    """A command or a connection of the guest: where its bytes come from and where they go."""
+
+    def __init__(
+        self,
+        number: int,
+        stdin: Source | None,
+        sinks: dict[Channel, Sink],
+        finished: Callable[[Ending], None],
+        opened: Callable[[], None] | None = None,
+    ) -> None:
+        self.number = number
+        self.stdin = stdin
+        """None once it has ended."""
+        self.sinks = sinks
+        self.finished = finished
+        self.opened = opened
+        self.pending: dict[Channel, deque[Output]] = {channel: deque() for channel in sinks}
+        self.written: dict[Channel, int] = dict.fromkeys(sinks, 0)
+        """Of the first of `pending`."""
+        self.ended: set[Channel] = set()
+        """Channels on which no more comes."""
+        self.end: Exited | Failure | None = None
+        self.error: Exception | None = None
+        """What went wrong on this side: the first thing that did."""
+
+    @property
+    def flushed(self) -> bool:
+        """Whether all that has come was passed on."""
+        return not any(self.pending.values())
+
+
+class Listener:
+    """Where the guest listens for this side: `accept` says what becomes of each connection."""
+
+    def __init__(
+        self,
+        number: int,
+        accept: Callable[[int, str], None],
+        finished: Callable[[Ending], None],
+        opened: Callable[[], None] | None = None,
+    ) -> None:
+        self.number = number
+        self.accept = accept
+        self.finished = finished
+        self.opened = opened
+
+
+class Guest:
+    """A running guest. All of it is for one thread, which calls :meth:`turn` again and again; but for :meth:`call`.
+
+    Args:
+        machine: The VM, which has just been started. It is closed with the guest.
+        stopwatch: Notes the milestones.
+        debug: Is called with each line of the guest's console.
+    """
+
+    def __init__(
+        self, machine: QemuMachine, stopwatch: Stopwatch, *, debug: Callable[[str], None] | None = None
+    ) -> None:
+        self._stopwatch = stopwatch
+        self._console = Console(debug)
+        self._vmm_said = Console()
+        self._connection = Connection()
+        self._streams: dict[int, Stream] = {}
+        self._listeners: dict[int, Listener] = {}
+        self.kernel: str | None = None
+        """The release of the guest's kernel; None until it is up."""
+        self._crippled: float | None = None
+        """When a program that serves the VM has ended."""
+        self.writes_to_host = any(not share.read_only for share in machine.config.shares)
+        self._started = time.monotonic()
+        self._machine = machine
+        self._machine.control.setblocking(False)
+        self._machine.console.setblocking(False)
+        os.set_blocking(self._machine.errors, False)
+        self._poll = select.poll()
+        self._watched: dict[int, int] = {}
+        self._ready: dict[int, int] = {}
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake: tuple[int, int] | None = None
+        """A pipe: a byte in it ends a wait."""
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the VM, now."""
+        self._machine.close()
+        wake, self._wake = self._wake, None
+        for fd in wake or ():
+            os.close(fd)
+        self._stopwatch.reached("end")
+
+    # --- streams
+
+    def exec(
+        self, command: Command, stdin: Source, stdout: Sink, stderr: Sink, finished: Callable[[Ending], None]
+    ) -> Stream:
+        """Starts `command`. `finished` is called when it has ended and its output was passed on."""
+        number = self._connection.exec(command)
+        sinks = {Channel.STDOUT: stdout, Channel.STDERR: stderr}
+        return self._streams.setdefault(number, Stream(number, stdin, sinks, finished))
+
+    def connect(
+        self,
+        address: str,
+        source: Source,
+        sink: Sink,
+        finished: Callable[[Ending], None],
+        opened: Callable[[], None] | None = None,
+    ) -> Stream:
+        """Has the guest connect to `address`; bytes go from `source` to it and from it to `sink`."""
+        number = self._connection.connect(address)
+        return self._streams.setdefault(number, Stream(number, source, {Channel.STDOUT: sink}, finished, opened))
+
+    def listen(
+        self,
+        address: str,
+        accept: Callable[[int, str], None],
+        finished: Callable[[Ending], None],
+        opened: Callable[[], None] | None = None,
+    ) -> Listener:
+        """Has the guest listen at `address`. `accept` gets number and peer of each connection: see :meth:`accepted`."""
+        number = self._connection.listen(address)
+        return self._listeners.setdefault(number, Listener(number, accept, finished, opened))
+
+    def accepted(self, number: int, source: Source, sink: Sink, finished: Callable[[Ending], None]) -> Stream:
+        """Says where the bytes of a connection go that a listener took."""
+        return self._streams.setdefault(number, Stream(number, source, {Channel.STDOUT: sink}, finished))
+
+    def signal(self, number: int, signal_number: int, flags: SignalFlag = SignalFlag.PROCESS) -> None:
+        """Signals the command of stream `number`; with 9, ends a connection or a listener."""
+        self._connection.signal(number, signal_number, flags)
+
+    def resize(self, number: int, rows: int, columns: int) -> None:
+        """Tells the terminal of a command its size."""
+        self._connection.resize(number, rows, columns)
+
+    def fail(self, stream: Stream, error: Exception) -> None:
+        """Ends a stream because of what went wrong on this side: it is finished with `error` once the guest lets go."""
+        if stream.error is None:
+            stream.error = error
+            for channel in stream.sinks:
+                self._drop(stream, channel)
+            self._connection.signal(stream.number, signal.SIGKILL, SignalFlag.ALL)
+
+    def end_all(self, error: Exception) -> None:
+        """Finishes every stream with `error`: the guest is gone."""
+        streams, self._streams = self._streams, {}
+        listeners, self._listeners = self._listeners, {}
+        for stream in streams.values():
+            self._end_sinks(stream)
+            stream.finished(stream.error or stream.end or error)
+        for listener in listeners.values():
+            listener.finished(error)
+
+    def run(
+        self,
+        command: Command,
+        stdin: Source,
+        stdout: Sink,
+        stderr: Sink,
+        *,
+        deadline: float | None = None,
+        started: Callable[[Stream], None] | None = None,
+    ) -> Exited:
+        """Runs `command` to its end, in this thread. Its output has been written then.
+
+        All must be over by `deadline`, a time of `time.monotonic`. `started` is given the command's stream.
+
+        Raises:
+            CommandNotStarted: the guest has no such command, or cannot execute it.
+            GuestError: the guest did not come up, or ended before the command did.
+            VmmError: the VMM ended.
+            ProtocolError: the guest broke the protocol.
+            SandboxTimeout: the deadline passed.
+        """
+        endings: list[Ending] = []
+        stream = self.exec(command, stdin, stdout, stderr, endings.append)
+        if started is not None:
+            started(stream)
+        stopping = False
+        while not endings:
+            if stream.error is not None:
+                raise stream.error
+            if deadline is not None and time.monotonic() >= deadline:
+                if stopping or command.stop_signal is None or self.kernel is None:
+                    raise SandboxTimeout
+                # As under Docker, the command gets the signal that its image asks for, and some time to act on it.
+                self.signal(stream.number, command.stop_signal)
+                deadline = time.monotonic() + STOP_SECONDS
+                stopping = True
+            self.turn(deadline)
+        if stopping:
+            raise SandboxTimeout
+        return completed(command, endings[0])
+
+    def wait_for_hello(self, deadline: float | None = None) -> None:
+        """Waits until the guest is up.
+
+        Raises:
+            SandboxTimeout: the deadline passed.
+            VmetteError: as :meth:`run`.
+        """
+        while self.kernel is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise SandboxTimeout
+            self.turn(deadline)
+
+    def finish(self, deadline: float | None = None) -> None:
+        """Lets the guest write back what it holds of shares; without a writable share there is nothing to wait for."""
+        if not self.writes_to_host:
+            return
+        self._connection.shutdown()
+        give_up = time.monotonic() + SHUTDOWN_SECONDS
+        give_up = give_up if deadline is None else min(give_up, deadline)
+        try:
+            while time.monotonic() < give_up:
+                self.turn(give_up)
+        except VmetteError:
+            pass  # it has powered off; or does not, and close() ends it
+
+    # --- other threads
+
+    def accept_calls(self) -> None:
+        """Makes :meth:`call` work."""
+        self._wake = os.pipe()
+        for fd in self._wake:
+            os.set_blocking(fd, False)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a command runs or a connection is open."""
+        return bool(self._streams)
+
+    def abandon_calls(self) -> None:
+        """Forgets what it was to call: nobody will turn the loop any more."""
+        self._calls.clear()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Has the thread that turns the loop call `function`: for other threads, and for signal handlers."""
+        self._calls.append(function)
+        if self._wake is not None:
+            with suppress(OSError):  # it is full, so the wait ends anyway; or closed, so there is none
+                os.write(self._wake[1], b"\0")
+
+    # --- one turn of the loop
+
+    def turn(self, until: float | None = None) -> None:
+        """Waits until something can be moved, but no longer than `until`, a time of `time.monotonic`; moves it.
+
+        Raises:
+            GuestError, VmmError, ProtocolError: the guest is gone, or must go.
+        """
+        wanted: dict[int, int] = {}
+        busy = bool(self._calls)
+        for stream in self._streams.values():
+            busy |= self._want_stream(stream, wanted)
+        for event in self._exchange(wanted, until, wait=not busy):
+            self._take(event)
+        while self._calls:
+            self._calls.popleft()()
+        for stream in list(self._streams.values()):
+            self._move_stream(stream)
+
+    def _want_stream(self, stream: Stream, wanted: dict[int, int]) -> bool:
+        """Adds what `stream` waits for to `wanted`, and says whether it can go on without waiting."""
+        busy = False
+        if stream.stdin is not None and self._connection.stdin_room(stream.number):
+            if stream.stdin.fd is None:
+                busy = True
+            else:
+                _want(wanted, stream.stdin.fd, READABLE)
+        for channel, sink in stream.sinks.items():
+            if stream.pending[channel]:
+                if sink.fd is None:
+                    busy = True
+                else:
+                    _want(wanted, sink.fd, WRITABLE)
+        return busy
+
+    def _move_stream(self, stream: Stream) -> None:
+        room = self._connection.stdin_room(stream.number)
+        source = stream.stdin
+        if source is not None and stream.end is None and room and self._is_ready(source.fd, READABLE):
+            try:
+                data = source.read(room)
+            except OSError as error:
+                self.fail(stream, error)
+                data = b""
+            if data:
+                self._connection.send_stdin(stream.number, data)
+            else:
+                source.end()
+                stream.stdin = None
+                self._connection.send_eof(stream.number)
+        for channel, sink in list(stream.sinks.items()):
+            if stream.pending[channel] and self._is_ready(sink.fd, WRITABLE):
+                self._write(stream, channel, sink)
+        if stream.flushed:
+            for channel in stream.ended:
+                stream.sinks[channel].end()
+            stream.ended.clear()
+            if stream.end is not None and self._streams.pop(stream.number, None) is not None:
+                self._end_sinks(stream)
+                stream.finished(stream.error or stream.end)
+
+    def _write(self, stream: Stream, channel: Channel, sink: Sink) -> None:
+        output = stream.pending[channel][0]
+        try:
+            stream.written[channel] += sink.write(memoryview(output.data)[stream.written[channel] :])
+        except BrokenPipeError:
+            self._drop(stream, channel)
+            if Channel.STDERR in stream.sinks:
+                self._connection.send_eof(stream.number, channel)  # so that the command finds out as from a pipe
+            else:
+                self._connection.signal(stream.number, signal.SIGKILL)
+        except (OSError, VmetteError) as error:
+            self.fail(stream, error)
+        else:
+            if stream.written[channel] == len(output.data):
+                stream.written[channel] = 0
+                self._connection.consumed(stream.pending[channel].popleft())
+
+    def _drop(self, stream: Stream, channel: Channel) -> None:
+        """From now on what comes on `channel` goes nowhere."""
+        stream.sinks[channel].end()
+        stream.sinks[channel] = Discard()
+        stream.written[channel] = 0
+        while stream.pending[channel]:
+            self._connection.consumed(stream.pending[channel].popleft())
+
+    def _end_sinks(self, stream: Stream) -> None:
+        for sink in stream.sinks.values():
+            sink.end()
+        if stream.stdin is not None:
+            stream.stdin.end()
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Hello):
+            self._greeted(event)
+        elif isinstance(event, Failure) and event.stream == 0:
+            reason = f"{event.text}: {os.strerror(event.errno)}" if event.errno else event.text
+            raise GuestError(f"the guest could not set itself up: {reason}", self._console.last_words)
+        elif isinstance(event, Accepted):
+            self._listeners[event.listener].accept(event.stream, event.peer)
+        elif listener := self._listeners.get(event.stream):
+            if isinstance(event, (Exited, Failure)):
+                del self._listeners[event.stream]
+                listener.finished(event)
+            elif isinstance(event, Opened) and listener.opened is not None:
+                listener.opened()
+        elif stream := self._streams.get(event.stream):
+            self._take_of_stream(stream, event)
+
+    def _take_of_stream(self, stream: Stream, event: Event) -> None:
+        if isinstance(event, Output):
+            stream.pending[event.channel].append(event)
+        elif isinstance(event, Ended):
+            stream.ended.add(Channel.STDOUT)
+        elif isinstance(event, (Exited, Failure)):
+            stream.end = event
+            self._stopwatch.reached("exit")
+        elif isinstance(event, Opened) and stream.opened is not None:
+            stream.opened()
+
+    def _is_ready(self, fd: int | None, mask: int) -> bool:
+        """Whether `fd` can be read or written, or told of an error, without a wait. None never makes one wait."""
+        other = WRITABLE if mask == READABLE else READABLE
+        return fd is None or bool(self._ready.get(fd, 0) & ~other)
+
+    def _exchange(self, wanted: dict[int, int], until: float | None, *, wait: bool) -> list[Event]:
+        """Waits for the VM and the descriptors of `wanted`, exchanges bytes with it, returns what the guest said."""
+        machine = self._machine
+        outgoing = self._connection.outgoing
+        _want(wanted, machine.control.fileno(), READABLE | (WRITABLE if outgoing else 0))
+        _want(wanted, machine.console.fileno(), READABLE)
+        if machine.errors >= 0:
+            _want(wanted, machine.errors, READABLE)
+        if self._crippled is None:
+            for fd in machine.ends:
+                _want(wanted, fd, READABLE)
+        if self._wake is not None:
+            _want(wanted, self._wake[0], READABLE)
+        for fd in self._watched.keys() - wanted.keys():
+            self._poll.unregister(fd)
+        for fd, mask in wanted.items():
+            if self._watched.get(fd) != mask:
+                self._poll.register(fd, mask)
+        self._watched = wanted
+        self._ready = dict(self._poll.poll(self._patience(until) if wait else 0))
+        if self._crippled is None and any(fd in self._ready for fd in machine.ends):
+            self._crippled = time.monotonic()
+        if self._wake is not None and self._wake[0] in self._ready:
+            _drain(self._wake[0])
+        if machine.console.fileno() in self._ready:
+            self._console.feed(_drain(machine.console.fileno()) or b"")
+        if machine.errors in self._ready and (text := _drain(machine.errors)) is not None:
+            self._vmm_said.feed(text)
+        ready = self._ready.get(machine.control.fileno(), 0)
+        if ready & WRITABLE and outgoing:
+            self._send(outgoing)
+        if not ready & ~WRITABLE:
+            return []
+        try:
+            data = machine.control.recv(262144)
+        except BlockingIOError:
+            return []
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            raise self._ended()
+        return list(self._connection.receive(data))
+
+    def _send(self, outgoing: bytearray) -> None:
+        try:
+            sent = self._machine.control.send(memoryview(outgoing)[:262144])
+        except BlockingIOError:
+            return
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the reading side says what there is to say
+        del outgoing[:sent]
+
+    def _patience(self, until: float | None) -> float | None:
+        """Milliseconds until something must have happened.
+
+        Raises:
+            GuestError: the guest has taken too long to boot.
+            VmmError: a program that serves the VM has ended.
+        """
+        now = time.monotonic()
+        ends = [] if until is None else [until]
+        if self._crippled is not None:
+            ends.append(self._crippled + CRIPPLED_SECONDS)
+            if now >= ends[-1]:
+                said = self._vmm_said.last_words
+                raise VmmError("virtiofsd has ended before the VM did" + (f": {said[-1]}" if said else ""))
+        if self.kernel is None:
+            ends.append(self._started + BOOT_SECONDS)
+            if now >= ends[-1]:
+                raise GuestError(f"the guest did not boot within {BOOT_SECONDS:g} seconds", self._console.last_words)
+        return max(1.0, (min(ends) - now) * 1000 + 1) if ends else None
+
+    def _greeted(self, hello: Hello) -> None:
+        self.kernel = hello.kernel
+        now = time.monotonic()
+        self._stopwatch.reached("hello", now)
+        # The guest counts from its kernel's start; its last milestone is the hello itself.
+        if hello.milestones:
+            kernel = now - hello.milestones[-1].usec / 1e6
+            self._stopwatch.reached("guest: kernel", kernel)
+            for milestone in hello.milestones:
+                self._stopwatch.reached(f"guest: {milestone.name}", kernel + milestone.usec / 1e6)
+
+    def _ended(self) -> VmetteError:
+        """The control port is closed: the VMM has ended, and says why if anything does."""
+        machine = self._machine
+        machine.child.poll(wait=True)
+        while data := _drain(machine.console.fileno()):
+            self._console.feed(data)
+        while data := _drain(machine.errors):
+            self._vmm_said.feed(data)
+        words = self._console.last_words
+        said = [line for line in self._vmm_said.last_words if line.startswith("qemu")]
+        status = os.waitstatus_to_exitcode(machine.child.status or 0)
+        if status != 0:
+            how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
+            return VmmError(f"QEMU {how}: {said[-1]}" if said else f"QEMU {how}")
+        when = "before the command did" if self.kernel is not None else "before it was up"
+        panic = next((line for line in words if "Kernel panic" in line), "")
+        return GuestError(f"the guest ended {when}" + (f": {panic}" if panic else ""), words)
+
+
+def _want(wanted: dict[int, int], fd: int, mask: int) -> None:
+    wanted[fd] = wanted.get(fd, 0) | mask
+
+
+def _drain(fd: int) -> bytes | None:
+    """What is there to read: nothing at the end, None if there is nothing yet."""
+    try:
+        return os.read(fd, 65536)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno in {errno.ECONNRESET, errno.EIO}:
+            return b""
+        raise
+
+
+def completed(command: Command, ending: Ending) -> Exited:
+    """How `command` ended, if it did by itself.
+
+    Raises:
+        CommandNotStarted: it could not be started.
+        VmetteError, OSError: what went wrong on this side.
+    """
+    if isinstance(ending, Exited):
+        return ending
+    if isinstance(ending, Exception):
+        raise ending
+    name = os.fsdecode(command.argv[0])
+    if ending.stage != "exec":
+        raise CommandNotStarted(f"cannot run {name!r}: {ending.stage}: {ending.text}", VmetteError.exit_code)
+    if ending.errno == errno.ENOENT:
+        raise CommandNotStarted(f"the root filesystem has no command {name!r}", 127)
+    raise CommandNotStarted(f"cannot execute {name!r}: {os.strerror(ending.errno)}", 126)
