@@ -41,7 +41,7 @@ def execute(
     if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
         raise ConfigError(f"a time-out of {timeout} seconds cannot be kept")
     deadline = None if timeout is None else time.monotonic() + timeout
-    with booted(machine, stopwatch, debug=debug) as guest:
+    with booted(machine, stopwatch, deadline=deadline, debug=debug) as guest:
         exited = guest.run(command, stdin, stdout, stderr, deadline=deadline)
         guest.finish(deadline)
     return exited

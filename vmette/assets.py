@@ -42,13 +42,26 @@ def cache_root() -> Path:
     """
     if explicit := os.environ.get("VMETTE_CACHE_DIR"):
         return Path(explicit)
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if xdg.is_absolute():  # the XDG specification has a relative one ignored
-        return xdg / "vmette"
+    found = _xdg("XDG_CACHE_HOME", ".cache")
+    if found is None:
+        raise ConfigError("this user has no home directory; set VMETTE_CACHE_DIR")
+    return found
+
+
+def config_root() -> Path | None:
+    """`vmette` in the user's directory for configuration; None for a user who has no home."""
+    return _xdg("XDG_CONFIG_HOME", ".config")
+
+
+def _xdg(variable: str, in_home: str) -> Path | None:
+    """`vmette` in one of the directories of the XDG specification, which has a relative one ignored."""
+    explicit = Path(os.environ.get(variable, ""))
+    if explicit.is_absolute():
+        return explicit / "vmette"
     try:
-        return Path.home() / ".cache" / "vmette"
+        return Path.home() / in_home / "vmette"
     except RuntimeError:
-        raise ConfigError("this user has no home directory; set VMETTE_CACHE_DIR") from None
+        return None
 
 
 def _payload(arch: str, name: str) -> Path:

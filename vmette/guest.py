@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .errors import CommandNotStarted, GuestError, SandboxTimeout, VmetteError, VmmError
+from .errors import CommandNotStarted, GuestError, SandboxClosed, SandboxTimeout, VmetteError, VmmError
 from .protocol import Accepted, Channel, Connection, Ended, Event, Exited, Failure, Hello, Opened, Output, SignalFlag
 from .streams import Discard, Sink, Source
 from .timings import Stopwatch
@@ -149,6 +149,7 @@ class Guest:
         self._poll = select.poll()
         self._watched: dict[int, int] = {}
         self._ready: dict[int, int] = {}
+        self._watches: dict[int, Callable[[], None]] = {}
         self._calls: deque[Callable[[], None]] = deque()
         self._wake: tuple[int, int] | None = None
         """A pipe: a byte in it ends a wait."""
@@ -162,6 +163,7 @@ class Guest:
     def close(self) -> None:
         """Ends the VM, now."""
         self._machine.close()
+        self.end_all(SandboxClosed("the sandbox has been closed"))
         wake, self._wake = self._wake, None
         for fd in wake or ():
             os.close(fd)
@@ -211,6 +213,14 @@ class Guest:
     def resize(self, number: int, rows: int, columns: int) -> None:
         """Tells the terminal of a command its size."""
         self._connection.resize(number, rows, columns)
+
+    def watch(self, fd: int, readable: Callable[[], None]) -> None:
+        """Has `readable` called whenever there is something to read from `fd`, until :meth:`unwatch`."""
+        self._watches[fd] = readable
+
+    def unwatch(self, fd: int) -> None:
+        """Undoes :meth:`watch`."""
+        self._watches.pop(fd, None)
 
     def fail(self, stream: Stream, error: Exception) -> None:
         """Ends a stream because of what went wrong on this side: it is finished with `error` once the guest lets go."""
@@ -271,14 +281,14 @@ class Guest:
             raise SandboxTimeout
         return completed(command, endings[0])
 
-    def wait_for_hello(self, deadline: float | None = None) -> None:
-        """Waits until the guest is up.
+    def turn_until(self, condition: Callable[[], bool], deadline: float | None = None) -> None:
+        """Turns the loop until `condition` holds.
 
         Raises:
-            SandboxTimeout: the deadline passed.
+            SandboxTimeout: `deadline`, a time of `time.monotonic`, passed before.
             VmetteError: as :meth:`run`.
         """
-        while self.kernel is None:
+        while not condition():
             if deadline is not None and time.monotonic() >= deadline:
                 raise SandboxTimeout
             self.turn(deadline)
@@ -328,7 +338,7 @@ class Guest:
         Raises:
             GuestError, VmmError, ProtocolError: the guest is gone, or must go.
         """
-        wanted: dict[int, int] = {}
+        wanted = dict.fromkeys(self._watches, READABLE)
         busy = bool(self._calls)
         for stream in self._streams.values():
             busy |= self._want_stream(stream, wanted)
@@ -336,6 +346,9 @@ class Guest:
             self._take(event)
         while self._calls:
             self._calls.popleft()()
+        for fd, readable in list(self._watches.items()):
+            if self._ready.get(fd):
+                readable()
         for stream in list(self._streams.values()):
             self._move_stream(stream)
 

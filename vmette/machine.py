@@ -18,6 +18,10 @@ from .timings import Stopwatch
 if TYPE_CHECKING:
     from .guest import Guest
     from .providers.registry import Registry
+    from .services import Services
+
+SERVICES = ("secrets", "ca_certs", "allow_hosts", "publish")
+"""The options that are given over the control channel: see :mod:`vmette.services`."""
 
 
 class RootfsOptions(TypedDict, total=False):
@@ -54,6 +58,15 @@ class MachineOptions(RootfsOptions, total=False):
     """Another kernel."""
     initramfs: str | os.PathLike[str] | None
     """Another initramfs."""
+    secrets: Mapping[str, str | bytes]
+    """What only the image's user can read, in files of the guest's memory: /run/secrets/NAME."""
+    ca_certs: str | os.PathLike[str] | None
+    """A directory of PEM certificates that the guest is to trust; by default what VMETTE_CA_CERTS names, or
+    ~/.config/vmette/certs if that is there."""
+    allow_hosts: Iterable[str]
+    """What the guest can reach over HTTP and HTTPS, without a network: `NAME[:PORT]`, `*.NAME[:PORT]`."""
+    publish: Iterable[str]
+    """Ports of the host that lead to the guest's loopback: `[HOST_IP:]PORT:GUEST_PORT`."""
     cmdline: str
     """More kernel parameters."""
     accel: str
@@ -66,6 +79,7 @@ class Machine:
 
     config: MachineConfig
     image: ImageConfig | None = None
+    services: Services | None = None
 
     def command(
         self,
@@ -76,6 +90,8 @@ class Machine:
         entrypoint: Sequence[str] | None = None,
     ) -> Command:
         """What a caller asks to be run, and the image where the caller says nothing. See :meth:`Command.of`."""
+        if self.services is not None:
+            env = {**self.services.env, **(env or {})}
         return Command.of(argv, env, cwd, user, image=self.image, entrypoint=entrypoint)
 
 
@@ -100,6 +116,7 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
         progress=options.pop("progress", None) or (lambda _: None),
     )
     registry = options.pop("registry", None) or default_registry()
+    services = {name: options.pop(name) for name in SERVICES if name in options}  # type: ignore[misc]
     fields: dict[str, Any] = dict(options)  # of MachineConfig, which takes no others
     for name in ("kernel", "initramfs"):
         if fields.get(name) is not None:
@@ -110,15 +127,52 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
         fields["root_read_only"] = fields.pop("rootfs_ro")
     config = MachineConfig(None, arch=arch, **fields)  # what is wrong with it is said before anything is fetched
     artifact = registry.resolve(os.fspath(rootfs), context)
-    return Machine(replace(config, root=artifact), artifact.config)
+    return Machine(replace(config, root=artifact), artifact.config, _services(artifact.config, **services))
+
+
+def _services(
+    image: ImageConfig | None,
+    secrets: Mapping[str, str | bytes] | None = None,
+    ca_certs: str | os.PathLike[str] | None = None,
+    allow_hosts: Iterable[str] = (),
+    publish: Iterable[str] = (),
+) -> Services | None:
+    """The services of these options; None, which costs nothing, if there are none."""
+    ca_certs = ca_certs or os.environ.get("VMETTE_CA_CERTS") or _configured_certs()
+    allow_hosts, publish = tuple(allow_hosts), tuple(publish)
+    if not (secrets or ca_certs or allow_hosts or publish):
+        return None
+    from .process import encoded
+    from .services import Publication, Services, allowed_hosts, read_ca_certs
+
+    return Services(
+        secrets={name: encoded(value) for name, value in (secrets or {}).items()},
+        secrets_user=(image.user if image else None) or "0",
+        ca_certs=read_ca_certs(Path(ca_certs)) if ca_certs else b"",
+        allow_hosts=allowed_hosts(allow_hosts),
+        publish=tuple(map(Publication.parse, publish)),
+    )
+
+
+def _configured_certs() -> Path | None:
+    root = assets.config_root()
+    return root / "certs" if root is not None and (root / "certs").is_dir() else None
 
 
 @contextmanager
-def booted(machine: Machine, stopwatch: Stopwatch, *, debug: Callable[[str], None] | None = None) -> Iterator[Guest]:
-    """A guest of `machine`, which has just been started and says hello later. It is gone at the end.
+def booted(
+    machine: Machine,
+    stopwatch: Stopwatch,
+    *,
+    deadline: float | None = None,
+    debug: Callable[[str], None] | None = None,
+) -> Iterator[Guest]:
+    """A guest of `machine`, with its services. It has just been started and may still have to say hello.
 
     Raises:
         VmmError: the VMM does not start.
+        SandboxTimeout: `deadline`, a time of `time.monotonic`, passed before its services were there.
+        ConfigError, GuestError: see :func:`vmette.services.running`.
     """
     from .vmm.qemu import QemuMachine, choose_accel
 
@@ -132,4 +186,9 @@ def booted(machine: Machine, stopwatch: Stopwatch, *, debug: Callable[[str], Non
         # The VM comes first: what talks to it is imported while it boots.
         from .guest import Guest
 
-        yield stack.enter_context(Guest(vm, stopwatch, debug=debug))
+        guest = stack.enter_context(Guest(vm, stopwatch, debug=debug))
+        if machine.services is not None:
+            from .services import running
+
+            stack.enter_context(running(guest, machine.services, deadline))
+        yield guest

@@ -419,7 +419,7 @@ class Connection:
         if kind is FrameType.HELLO:
             return self._take_hello(stream, payload)
         if kind is FrameType.ERROR and stream == 0:  # a guest that cannot set itself up says so instead of hello
-            return _decode_error(stream, payload)
+            return decode_error(stream, payload)
         if not self._greeted:
             raise ProtocolError("the guest did not say hello")
         if kind is FrameType.ACCEPTED:
@@ -431,7 +431,7 @@ class Connection:
             return self._take_window(stream, state, payload)
         if kind is FrameType.ERROR:
             del self._streams[stream]
-            return _decode_error(stream, payload)
+            return decode_error(stream, payload)
         if kind is FrameType.EXIT:
             del self._streams[stream]
             return _decode_exit(stream, payload)
@@ -499,7 +499,12 @@ class Connection:
         return Writable(stream)
 
 
-def _decode_error(stream: int, payload: bytes) -> Failure:
+def decode_error(stream: int, payload: bytes) -> Failure:
+    """What an ERROR says, or a function of the agent that failed (which is the same record).
+
+    Raises:
+        ProtocolError: it is malformed.
+    """
     errno, stage, text = 0, "", ""
     for tag, value in decode_record(payload):
         if tag == Tag.ERRNO:

@@ -47,7 +47,7 @@ class Session:
         self._closing = False
         with ExitStack() as stack:
             self.guest: Guest = stack.enter_context(booted(machine, self.stopwatch))
-            self.guest.wait_for_hello()
+            self.guest.turn_until(lambda: self.guest.kernel is not None)
             self.guest.accept_calls()
             self._dies_at = None if max_lifetime is None else time.monotonic() + max_lifetime
             self._max_lifetime = max_lifetime
@@ -119,8 +119,8 @@ class Session:
             error = VmmError(f"vmette has failed: {failure!r}")
         with self._lock:
             self.ended = error
-        self._rest.close()
         self.guest.end_all(error)
+        self._rest.close()
         self.guest.abandon_calls()
 
     def _turn_until_closed(self) -> SandboxClosed:

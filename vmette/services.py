@@ -1,0 +1,240 @@
+"""What a guest is given over the control channel beside its commands: secrets, certificates, and ways in and out.
+
+A service is of one guest and runs in the loop of that guest (:mod:`vmette.guest`).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import Command
+from .errors import ConfigError, GuestError, reason
+from .protocol import Exited, Failure, decode_error
+from .streams import Buffer, BytesSource, Discard, SocketSink, SocketSource
+
+if TYPE_CHECKING:
+    from .guest import Ending, Guest
+    from .proxy import AllowedHost
+
+logger = logging.getLogger(__name__)
+
+PROXY_PORT = 3128
+"""Where the guest finds the proxy, on its own loopback: the port that Squid made usual."""
+MAX_CONNECTIONS = 64
+"""Open at once, of one published port or of the proxy. One more waits."""
+MAX_CA_BYTES = 4 << 20
+MAX_SECRET_BYTES = 1 << 20
+SECRET_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----\s.*?\s-----END CERTIFICATE-----", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A TCP port of the host that leads into the guest, to its loopback."""
+
+    host: str
+    port: int
+    """0: any that is free."""
+    guest_port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Publication:
+        """Reads `[HOST_IP:]PORT:PORT`; an IPv6 address is in brackets. Without an address it is 127.0.0.1.
+
+        Raises:
+            ConfigError: it is malformed.
+        """
+        match = re.fullmatch(r"(?:(\[[0-9A-Fa-f:.]+\]|[0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})", text)
+        if match is None or int(match[2]) > 65535 or not 1 <= int(match[3]) <= 65535:
+            raise ConfigError(f"published port {text!r} is malformed: it is [HOST_IP:]PORT:GUEST_PORT")
+        return cls((match[1] or "127.0.0.1").strip("[]"), int(match[2]), int(match[3]))
+
+
+@dataclass(frozen=True)
+class Services:
+    """What a guest is to be given. Empty, as most are, it is false."""
+
+    secrets: Mapping[str, bytes] = field(default_factory=dict)
+    """Files in /run/secrets, by name."""
+    secrets_user: str = "0"
+    """Who can read them."""
+    ca_certs: bytes = b""
+    """PEM certificates that the guest is to trust."""
+    allow_hosts: tuple[AllowedHost, ...] = ()
+    """What the guest can reach over HTTP(S), through a proxy of this side."""
+    publish: tuple[Publication, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in self.secrets.items():
+            if not SECRET_NAME.fullmatch(name):
+                raise ConfigError(f"secret {name!r}: a name is letters, digits, '_', '.' and '-'")
+            if len(value) > MAX_SECRET_BYTES:
+                raise ConfigError(f"secret {name!r} is larger than {MAX_SECRET_BYTES} bytes")
+
+    def __bool__(self) -> bool:
+        return bool(self.secrets or self.ca_certs or self.allow_hosts or self.publish)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a command's environment says of them."""
+        if not self.allow_hosts:
+            return {}
+        from .proxy import proxy_environment
+
+        return proxy_environment(f"http://127.0.0.1:{PROXY_PORT}")
+
+
+def allowed_hosts(names: Iterable[str]) -> tuple[AllowedHost, ...]:
+    """Reads `NAME[:PORT]`, `*.NAME[:PORT]`.
+
+    Raises:
+        ConfigError: one is malformed.
+    """
+    if not names:
+        return ()
+    from .proxy import AllowedHost
+
+    return tuple(map(AllowedHost.parse, names))
+
+
+def read_ca_certs(directory: Path) -> bytes:
+    """The PEM certificates in the files of `directory`, one after the other.
+
+    Raises:
+        ConfigError: it cannot be read, holds no certificate, or more than 4 MiB of them.
+    """
+    found: list[bytes] = []
+    try:
+        for path in sorted(directory.iterdir()):
+            if path.suffix in {".pem", ".crt", ".cer"} and path.is_file():
+                with path.open("rb") as file:
+                    found += _PEM.findall(file.read(MAX_CA_BYTES + 1))
+    except OSError as error:
+        raise ConfigError(f"CA certificates {directory}: {reason(error)}") from error
+    if not found:
+        raise ConfigError(f"CA certificates {directory}: there is no PEM certificate in its .pem, .crt or .cer files")
+    data = b"\n".join([*dict.fromkeys(found), b""])
+    if len(data) > MAX_CA_BYTES:
+        raise ConfigError(f"CA certificates {directory}: there are more than {MAX_CA_BYTES} bytes of them")
+    return data
+
+
+@contextmanager
+def running(guest: Guest, services: Services, deadline: float | None = None) -> Iterator[None]:
+    """Gives `guest` its services, which are there for its first command, and takes them away at the end.
+
+    Raises:
+        SandboxTimeout: `deadline`, a time of `time.monotonic`, passed before they were there.
+        ConfigError: a port of the host cannot be published.
+        GuestError: the guest cannot take what it is given.
+    """
+    with ExitStack() as stack:
+        for name, value in services.secrets.items():
+            argv = (b"secret", name.encode(), os.fsencode(services.secrets_user))
+            _call(guest, f"secret {name}", argv, value, deadline)
+        if services.ca_certs:
+            _call(guest, "CA certificates", (b"ca-certs",), services.ca_certs, deadline)
+        if services.allow_hosts:
+            from .proxy import Proxy
+
+            proxy = Proxy(services.allow_hosts)
+            stack.callback(proxy.close)
+            _listen(guest, f"tcp:127.0.0.1:{PROXY_PORT}", proxy.start, deadline)
+        for publication in services.publish:
+            stack.enter_context(_published(guest, publication))
+        yield
+
+
+def _call(guest: Guest, what: str, argv: tuple[bytes, ...], data: bytes, deadline: float | None) -> None:
+    """Has the guest's agent run one of its functions with `data` for stdin."""
+    said = Buffer(4096)
+    exited = guest.run(Command(argv, builtin=True), BytesSource(data), Discard(), said, deadline=deadline)
+    if exited.code != 0:
+        failure = decode_error(0, bytes(said.data))
+        raise GuestError(f"the guest cannot take its {what}: {failure.stage}: {failure.text}")
+
+
+def _listen(guest: Guest, address: str, serve: Callable[[socket.socket], None], deadline: float | None) -> None:
+    """Has the guest listen at `address`; `serve` gets this side's end of each connection, which is its to close."""
+    state: list[Ending | None] = []
+
+    def accept(number: int, peer: str) -> None:  # noqa: ARG001
+        ours, theirs = socket.socketpair()
+        relay(ours, lambda source, sink, finished: guest.accepted(number, source, sink, finished))
+        serve(theirs)
+
+    guest.listen(address, accept, state.append, lambda: state.append(None))
+    guest.turn_until(lambda: bool(state), deadline)
+    if isinstance(failure := state[0], Failure):
+        raise GuestError(f"the guest cannot listen at {address}: {os.strerror(failure.errno)}")
+
+
+def relay(
+    connection: socket.socket,
+    attach: Callable[[SocketSource, SocketSink, Callable[[Ending], None]], object],
+    finished: Callable[[], None] = lambda: None,
+) -> None:
+    """Joins `connection` to a stream of the guest, which `attach` opens or takes; closes it at the stream's end."""
+    connection.setblocking(False)
+
+    def end(ending: Ending) -> None:
+        if not isinstance(ending, Exited) or ending.signal is not None:  # as hard as it ended there
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # on, with no time
+        connection.close()
+        finished()
+
+    attach(SocketSource(connection), SocketSink(connection), end)
+
+
+@contextmanager
+def _published(guest: Guest, publication: Publication) -> Iterator[None]:
+    family = socket.AF_INET6 if ":" in publication.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((publication.host, publication.port))
+            listener.listen(128)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot publish port {publication.port} of {publication.host}: {reason(error)}"
+            ) from error
+        listener.setblocking(False)
+        address = "{}:{}".format(*listener.getsockname())
+        logger.info("port %s leads to port %d of the guest", address, publication.guest_port)
+        open_now = 0
+
+        def accept() -> None:
+            nonlocal open_now
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:  # it has gone again; or there are no descriptors left, and one more try is no help
+                if error.errno in {errno.EMFILE, errno.ENFILE}:
+                    guest.unwatch(listener.fileno())
+                return
+            open_now += 1
+            if open_now >= MAX_CONNECTIONS:
+                guest.unwatch(listener.fileno())
+            to = f"tcp:127.0.0.1:{publication.guest_port}"
+            relay(connection, lambda source, sink, end: guest.connect(to, source, sink, end), closed)
+
+        def closed() -> None:
+            nonlocal open_now
+            open_now -= 1
+            if listener.fileno() >= 0:
+                guest.watch(listener.fileno(), accept)
+
+        guest.watch(listener.fileno(), accept)
+        try:
+            yield
+        finally:
+            guest.unwatch(listener.fileno())
