@@ -1,4 +1,4 @@
-"""`vmette.streams`, `vmette.timings`, the console of `vmette.sandbox`, and `vmette.vmm.probe`."""
+"""`vmette.streams`, `vmette.timings`, the console of `vmette.guest`, and `vmette.vmm.probe`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmette.errors import OutputTooLarge
-from vmette.sandbox import CONSOLE_BYTES, LAST_WORDS, Console
+from vmette.guest import CONSOLE_BYTES, LAST_WORDS, Console
 from vmette.streams import READ_BYTES, Buffer, BytesSource, FdSink, FdSource
 from vmette.timings import Stopwatch, Timing
 from vmette.vmm import probe

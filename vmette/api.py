@@ -128,7 +128,7 @@ def run(
     machine = prepare(rootfs, options)
     command = machine.command(argv, env, cwd, user, entrypoint)
     stopwatch.reached("rootfs")
-    captured = Captured(command, max_output)
+    captured = Captured(command, max_output, text=text)
     try:
         exited = execute(
             machine,
@@ -141,8 +141,8 @@ def run(
         )
     except SandboxTimeout:
         assert timeout is not None
-        raise captured.timed_out(timeout, text=text) from None
-    completed = captured.completed(exited, text=text, timings=stopwatch.timings)
+        raise captured.timed_out(timeout) from None
+    completed = captured.completed(exited, stopwatch.timings)
     if check:
         completed.check_returncode()
     return completed

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from .config import Command
 from .errors import CommandNotStarted, GuestError, SandboxClosed, SandboxTimeout, VmetteError, VmmError
 from .protocol import Accepted, Channel, Connection, Ended, Event, Exited, Failure, Hello, Opened, Output, SignalFlag
-from .streams import Discard, Sink, Source
+from .streams import BytesSource, Discard, Sink, Source
 from .timings import Stopwatch
 
 if TYPE_CHECKING:
-    from .config import Command
     from .vmm.qemu import QemuMachine
 
 BOOT_SECONDS = 120.0
@@ -142,6 +142,7 @@ class Guest:
         """When a program that serves the VM has ended."""
         self.writes_to_host = any(not share.read_only for share in machine.config.shares)
         self._started = time.monotonic()
+        self._slept = _seconds_slept()
         self._machine = machine
         self._machine.control.setblocking(False)
         self._machine.console.setblocking(False)
@@ -175,6 +176,9 @@ class Guest:
         self, command: Command, stdin: Source, stdout: Sink, stderr: Sink, finished: Callable[[Ending], None]
     ) -> Stream:
         """Starts `command`. `finished` is called when it has ended and its output was passed on."""
+        if (slept := _seconds_slept()) > self._slept + 1:  # the guest slept too, and does not know it
+            self._slept = slept
+            self.exec(clock_command(), BytesSource(b""), Discard(), Discard(), lambda _: None)
         number = self._connection.exec(command)
         sinks = {Channel.STDOUT: stdout, Channel.STDERR: stderr}
         return self._streams.setdefault(number, Stream(number, stdin, sinks, finished))
@@ -558,6 +562,16 @@ class Guest:
         when = "before the command did" if self.kernel is not None else "before it was up"
         panic = next((line for line in words if "Kernel panic" in line), "")
         return GuestError(f"the guest ended {when}" + (f": {panic}" if panic else ""), words)
+
+
+def _seconds_slept() -> float:
+    """How long this machine has slept since it booted."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+
+
+def clock_command() -> Command:
+    """Sets the guest's clock by this machine's."""
+    return Command((b"clock", b"%d" % time.time_ns()), builtin=True)
 
 
 def _want(wanted: dict[int, int], fd: int, mask: int) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Generic, TypeVar, Union
 
 from .config import signal_number
-from .errors import CalledProcessError, SandboxTimeout, TimeoutExpired, VmetteError
+from .errors import CalledProcessError, SandboxTimeout, TimeoutExpired
 from .protocol import SignalFlag
 from .streams import Buffer, BytesSource, Discard, FdSink, FdSource, Sink, Source
 from .timings import Timing
@@ -77,23 +77,24 @@ def encoded(text: bytes | str | None) -> bytes:
 
 
 class Captured:
-    """The output of `command`, as it comes: at most `limit` bytes of each of stdout and stderr."""
+    """The output of `command`, as it comes: at most `limit` bytes of each of stdout and stderr; as text if `text`."""
 
-    def __init__(self, command: Command, limit: int) -> None:
+    def __init__(self, command: Command, limit: int = MAX_OUTPUT, *, text: bool = False) -> None:
         self.args = tuple(map(os.fsdecode, command.argv))
         self.stdout, self.stderr = Buffer(limit), Buffer(limit)
+        self._text = text
 
-    def timed_out(self, timeout: float, *, text: bool) -> TimeoutExpired:
+    def timed_out(self, timeout: float) -> TimeoutExpired:
         """The error that carries what there is by now."""
-        output = [decoded(b.data) if text else bytes(b.data) for b in (self.stdout, self.stderr)]
+        output = [decoded(b.data) if self._text else bytes(b.data) for b in (self.stdout, self.stderr)]
         return TimeoutExpired(self.args, timeout, *output)
 
     def completed(
-        self, exited: Exited, *, text: bool, timings: tuple[Timing, ...] = ()
+        self, exited: Exited, timings: tuple[Timing, ...] = ()
     ) -> CompletedProcess[bytes] | CompletedProcess[str]:
         """What the command has become."""
         status, out, err = returncode(exited), self.stdout.data, self.stderr.data
-        if text:
+        if self._text:
             return CompletedProcess(self.args, status, decoded(out), decoded(err), exited.usage, timings)
         return CompletedProcess(self.args, status, bytes(out), bytes(err), exited.usage, timings)
 
@@ -151,14 +152,12 @@ class Running:
     def signal(self, number: int, flags: SignalFlag = SignalFlag.PROCESS) -> None:
         """Signals it; does nothing if it has ended."""
         if not self.poll():
-            with suppress(VmetteError):  # the session has just ended, and the command with it
-                self._session.post(lambda: self._session.guest.signal(self._stream.number, number, flags))
+            self._session.post_if_open(lambda: self._session.guest.signal(self._stream.number, number, flags))
 
     def resize(self, rows: int, columns: int) -> None:
         """Tells its terminal its size."""
         if not self.poll():
-            with suppress(VmetteError):
-                self._session.post(lambda: self._session.guest.resize(self._stream.number, rows, columns))
+            self._session.post_if_open(lambda: self._session.guest.resize(self._stream.number, rows, columns))
 
     def kill(self) -> None:
         """Kills it with all processes that it has started, and waits for that."""
@@ -166,17 +165,14 @@ class Running:
         self._done.wait()
 
 
-def run(
-    session: Session, command: Command, stdin: bytes, timeout: float | None, max_output: int, *, text: bool
-) -> CompletedProcess[bytes] | CompletedProcess[str]:
+def run(session: Session, command: Command, stdin: bytes, captured: Captured, timeout: float | None = None) -> Exited:
     """Runs `command` in `session` to its end: see :meth:`vmette.Sandbox.run`."""
     from .guest import STOP_SECONDS
 
     deadline = None if timeout is None else time.monotonic() + timeout
-    captured = Captured(command, max_output)
     running = Running(session, command, BytesSource(stdin), captured.stdout, captured.stderr)
     try:
-        return captured.completed(running.wait(deadline), text=text)
+        return running.wait(deadline)
     except SandboxTimeout:
         if command.stop_signal is not None:
             running.signal(command.stop_signal)
@@ -184,7 +180,7 @@ def run(
                 running.wait(time.monotonic() + STOP_SECONDS)
         running.kill()
         assert timeout is not None
-        raise captured.timed_out(timeout, text=text) from None
+        raise captured.timed_out(timeout) from None
     except BaseException:
         running.kill()
         raise

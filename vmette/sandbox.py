@@ -9,14 +9,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
-from .errors import ConfigError, SandboxClosed, VmetteError, VmmError
+from .errors import ConfigError, GuestError, SandboxClosed, VmetteError, VmmError
+from .guest import clock_command
 from .machine import Machine, MachineOptions, booted, prepare
-from .process import MAX_OUTPUT, CompletedProcess, Popen, Redirection, encoded, run
+from .process import MAX_OUTPUT, Captured, CompletedProcess, Popen, Redirection, encoded, run
+from .protocol import decode_error
 from .timings import Stopwatch, Timing
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from .filesystem import Files
     from .guest import Guest
+    from .vsock import Vsock
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class Session:
 
     def __init__(self, machine: Machine, *, max_lifetime: float | None, idle_timeout: float | None) -> None:
         self.stopwatch = Stopwatch()
+        self.vsock_cid: int | None = getattr(machine.config, "vsock_cid", None)
         self._idle_timeout = idle_timeout
         self._busy_until = time.monotonic()
         self._pid = os.getpid()
@@ -91,6 +95,11 @@ class Session:
             if self.ended is not None or self._closing:
                 raise self._reason()
             self.guest.call(task)
+
+    def post_if_open(self, task: Callable[[], None]) -> None:
+        """Has the thread call `task`; does nothing if the session has ended, and all that it held with it."""
+        with suppress(VmetteError):
+            self.post(task)
 
     def close(self) -> None:
         """Ends the VM, and waits for that."""
@@ -208,12 +217,31 @@ class Sandbox:
         """The milestones of the boot, in seconds since its start."""
         return self._session.stopwatch.timings
 
+    def sync_clock(self) -> None:
+        """Sets the guest's clock by this machine's: it stood still while this machine slept, if it did.
+
+        Raises:
+            GuestError: the guest cannot set it.
+        """
+        command = clock_command()
+        captured = Captured(command)
+        if run(self._session, command, b"", captured).code != 0:
+            failure = decode_error(0, bytes(captured.stderr.data))
+            raise GuestError(f"the guest cannot set its clock: {os.strerror(failure.errno)}")
+
     @property
     def files(self) -> Files:
         """The guest's files."""
         from .filesystem import Files
 
         return Files(self._session)
+
+    @property
+    def vsock(self) -> Vsock:
+        """Its vsock ports: sockets between this process and the guest's programs."""
+        from .vsock import Vsock
+
+        return Vsock(self._session)
 
     @overload
     def run(
@@ -272,7 +300,8 @@ class Sandbox:
             SandboxClosed, VmmError, GuestError, ProtocolError: the VM has ended.
         """
         command = self._machine.command(argv, env, cwd, user)
-        completed = run(self._session, command, encoded(input), timeout, max_output, text=text)
+        captured = Captured(command, max_output, text=text)
+        completed = captured.completed(run(self._session, command, encoded(input), captured, timeout))
         if check:
             completed.check_returncode()
         return completed

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,7 +171,7 @@ def _listen(guest: Guest, address: str, serve: Callable[[socket.socket], None], 
 
     def accept(number: int, peer: str) -> None:  # noqa: ARG001
         ours, theirs = socket.socketpair()
-        relay(ours, lambda source, sink, finished: guest.accepted(number, source, sink, finished))
+        relay(ours, partial(guest.accepted, number))
         serve(theirs)
 
     guest.listen(address, accept, state.append, lambda: state.append(None))
@@ -225,7 +226,7 @@ def _published(guest: Guest, publication: Publication) -> Iterator[None]:
             if open_now >= MAX_CONNECTIONS:
                 guest.unwatch(listener.fileno())
             to = f"tcp:127.0.0.1:{publication.guest_port}"
-            relay(connection, lambda source, sink, end: guest.connect(to, source, sink, end), closed)
+            relay(connection, partial(guest.connect, to), closed)
 
         def closed() -> None:
             nonlocal open_now

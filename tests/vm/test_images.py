@@ -164,7 +164,7 @@ def test_a_stop_signal_gives_the_command_time_to_end(cli: Cli, tmp_path: Path, m
     assert (done.returncode, done.stdout) == (124, b"up\nin order\n")
     done = cli("run", "--quiet", "--timeout", "4", none, waits)
     assert (done.returncode, done.stdout) == (124, b"up\n")
-    monkeypatch.setattr("vmette.sandbox.STOP_SECONDS", 0.5)
+    monkeypatch.setattr("vmette.guest.STOP_SECONDS", 0.5)
     with pytest.raises(TimeoutExpired) as caught:
         vmette.run(spec, ["trap '' QUIT; echo deaf; while :; do :; done"], timeout=4)
     assert caught.value.stdout == b"deaf\n"
