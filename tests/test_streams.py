@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from vmette.errors import OutputTooLarge
 from vmette.guest import CONSOLE_BYTES, LAST_WORDS, Console
-from vmette.streams import READ_BYTES, Buffer, BytesSource, FdSink, FdSource
+from vmette.streams import READ_BYTES, Buffer, BytesSource, FdSink, FdSource, Limited
 from vmette.timings import Stopwatch, Timing
 from vmette.vmm import probe
 
@@ -89,20 +89,32 @@ def test_another_error_of_a_source_is_not_hidden() -> None:
 # --- sinks
 
 
-def test_a_buffer_takes_as_much_as_its_limit() -> None:
-    buffer = Buffer(5)
-    assert buffer.fd is None
-    assert [buffer.write(memoryview(data)) for data in (b"12", b"", b"345", b"")] == [2, 0, 3, 0]
-    with pytest.raises(OutputTooLarge, match=r"^the command wrote more than 5 bytes: raise max_output"):
-        buffer.write(memoryview(b"6"))
+def test_a_limited_buffer_takes_as_much_as_its_limit() -> None:
+    buffer = Buffer()
+    sink = Limited(buffer, 5)
+    assert sink.fd is None
+    assert [sink.write(memoryview(data)) for data in (b"12", b"", b"345", b"")] == [2, 0, 3, 0]
+    with pytest.raises(OutputTooLarge, match=r"^the command wrote more than 5 bytes: raise the limit"):
+        sink.write(memoryview(b"6"))
     assert buffer.data == b"12345"
 
 
 def test_a_buffer_without_room() -> None:
-    buffer = Buffer(0)
-    assert buffer.write(memoryview(b"")) == 0
+    sink = Limited(Buffer(), 0)
+    assert sink.write(memoryview(b"")) == 0
     with pytest.raises(OutputTooLarge):
-        buffer.write(memoryview(b"1"))
+        sink.write(memoryview(b"1"))
+
+
+def test_a_limit_counts_what_the_sink_takes(pipe: tuple[int, int]) -> None:
+    sink = Limited(FdSink(pipe[1]), 100_000)
+    assert sink.fd == pipe[1]
+    data = memoryview(bytes(100_000))
+    taken = sink.write(data)
+    assert 0 < taken < len(data)
+    os.read(pipe[0], taken)
+    with pytest.raises(OutputTooLarge):
+        sink.write(memoryview(bytes(100_000 - taken + 1)))
 
 
 def test_a_pipe_that_polls_writable_never_blocks(pipe: tuple[int, int]) -> None:

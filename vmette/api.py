@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal, overload
 
 from .config import Command
@@ -18,6 +19,7 @@ from .timings import Stopwatch
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .guest import Guest, Stream
     from .protocol import Exited
 
 
@@ -31,8 +33,11 @@ def execute(
     stopwatch: Stopwatch,
     timeout: float | None = None,
     debug: Callable[[str], None] | None = None,
+    attach: Callable[[Guest], AbstractContextManager[Callable[[Stream], None]]] | None = None,
 ) -> Exited:
     """Boots `machine`, runs `command` in it, and ends it.
+
+    `attach` surrounds the command once the guest is up; what it yields is given the command's stream.
 
     Raises:
         SandboxTimeout: `timeout` seconds have passed.
@@ -42,7 +47,10 @@ def execute(
         raise ConfigError(f"a time-out of {timeout} seconds cannot be kept")
     deadline = None if timeout is None else time.monotonic() + timeout
     with booted(machine, stopwatch, deadline=deadline, debug=debug) as guest:
-        exited = guest.run(command, stdin, stdout, stderr, deadline=deadline)
+        if attach is not None:
+            guest.turn_until(lambda: guest.kernel is not None, deadline)
+        with attach(guest) if attach is not None else nullcontext() as started:
+            exited = guest.run(command, stdin, stdout, stderr, deadline=deadline, started=started)
         guest.finish(deadline)
     return exited
 
@@ -134,8 +142,7 @@ def run(
             machine,
             command,
             BytesSource(encoded(input)),
-            captured.stdout,
-            captured.stderr,
+            *captured.sinks,
             stopwatch=stopwatch,
             timeout=timeout,
         )

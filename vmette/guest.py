@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from .config import Command
 from .errors import CommandNotStarted, GuestError, SandboxClosed, SandboxTimeout, VmetteError, VmmError
 from .protocol import Accepted, Channel, Connection, Ended, Event, Exited, Failure, Hello, Opened, Output, SignalFlag
+from .providers.base import Cancelled
 from .streams import BytesSource, Discard, Sink, Source
 from .timings import Stopwatch
 
@@ -28,6 +29,8 @@ STOP_SECONDS = 10.0
 """What a command has, once its time is over, to act on the signal that its image asks for: Docker's default."""
 CRIPPLED_SECONDS = 1.0
 """A VM that ends takes its file servers along; if it has not ended by then, a file server went alone."""
+CANCEL_SECONDS = 0.1
+"""How long a wait for a guest that is not up goes on, at most, before `cancelled` is asked again."""
 CONSOLE_BYTES = 16384
 """How much of the end of the console is kept."""
 LAST_WORDS = 20
@@ -125,11 +128,18 @@ class Guest:
         machine: The VM, which has just been started. It is closed with the guest.
         stopwatch: Notes the milestones.
         debug: Is called with each line of the guest's console.
+        cancelled: Is asked now and then, until the guest is up, whether to give up.
     """
 
     def __init__(
-        self, machine: QemuMachine, stopwatch: Stopwatch, *, debug: Callable[[str], None] | None = None
+        self,
+        machine: QemuMachine,
+        stopwatch: Stopwatch,
+        *,
+        debug: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> None:
+        self._cancelled = cancelled
         self._stopwatch = stopwatch
         self._console = Console(debug)
         self._vmm_said = Console()
@@ -151,7 +161,7 @@ class Guest:
         self._watched: dict[int, int] = {}
         self._ready: dict[int, int] = {}
         self._watches: dict[int, Callable[[], None]] = {}
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
         self._wake: tuple[int, int] | None = None
         """A pipe: a byte in it ends a wait."""
 
@@ -164,6 +174,9 @@ class Guest:
     def close(self) -> None:
         """Ends the VM, now."""
         self._machine.close()
+        while self._calls:
+            _, too_late = self._calls.popleft()
+            too_late()
         self.end_all(SandboxClosed("the sandbox has been closed"))
         wake, self._wake = self._wake, None
         for fd in wake or ():
@@ -310,7 +323,7 @@ class Guest:
         except VmetteError:
             pass  # it has powered off; or does not, and close() ends it
 
-    # --- other threads
+    # --- other threads, and signal handlers
 
     def accept_calls(self) -> None:
         """Makes :meth:`call` work."""
@@ -318,21 +331,17 @@ class Guest:
         for fd in self._wake:
             os.set_blocking(fd, False)
 
+    def call(self, function: Callable[[], None], too_late: Callable[[], None] = lambda: None) -> None:
+        """Has :meth:`turn` call `function`; or :meth:`close`, if that comes first, `too_late`."""
+        self._calls.append((function, too_late))
+        if self._wake is not None:
+            with suppress(OSError):  # it is full, so the wait ends anyway; or closed, so there is none
+                os.write(self._wake[1], b"\0")
+
     @property
     def busy(self) -> bool:
         """Whether a command runs or a connection is open."""
         return bool(self._streams)
-
-    def abandon_calls(self) -> None:
-        """Forgets what it was to call: nobody will turn the loop any more."""
-        self._calls.clear()
-
-    def call(self, function: Callable[[], None]) -> None:
-        """Has the thread that turns the loop call `function`: for other threads, and for signal handlers."""
-        self._calls.append(function)
-        if self._wake is not None:
-            with suppress(OSError):  # it is full, so the wait ends anyway; or closed, so there is none
-                os.write(self._wake[1], b"\0")
 
     # --- one turn of the loop
 
@@ -349,7 +358,8 @@ class Guest:
         for event in self._exchange(wanted, until, wait=not busy):
             self._take(event)
         while self._calls:
-            self._calls.popleft()()
+            function, _ = self._calls.popleft()
+            function()
         for fd, readable in list(self._watches.items()):
             if self._ready.get(fd):
                 readable()
@@ -519,6 +529,7 @@ class Guest:
 
         Raises:
             GuestError: the guest has taken too long to boot.
+            Cancelled: it is not up, and is not to be waited for.
             VmmError: a program that serves the VM has ended.
         """
         now = time.monotonic()
@@ -532,6 +543,10 @@ class Guest:
             ends.append(self._started + BOOT_SECONDS)
             if now >= ends[-1]:
                 raise GuestError(f"the guest did not boot within {BOOT_SECONDS:g} seconds", self._console.last_words)
+            if self._cancelled is not None:
+                ends.append(now + CANCEL_SECONDS)
+                if self._cancelled():
+                    raise Cancelled
         return max(1.0, (min(ends) - now) * 1000 + 1) if ends else None
 
     def _greeted(self, hello: Hello) -> None:

@@ -39,6 +39,8 @@ class RootfsOptions(TypedDict, total=False):
     """`x86_64` or `aarch64`; the host's by default."""
     progress: Callable[[Progress], None] | None
     """Is told how long work goes, from several threads."""
+    cancelled: Callable[[], bool]
+    """Is asked now and then, until the machine is up, whether to give up: with :class:`vmette.providers.Cancelled`."""
     registry: Registry | None
     """Other providers than the default ones."""
 
@@ -80,6 +82,7 @@ class Machine:
     config: MachineConfig
     image: ImageConfig | None = None
     services: Services | None = None
+    cancelled: Callable[[], bool] | None = None
 
     def command(
         self,
@@ -105,6 +108,7 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
     from .providers.registry import default_registry
 
     options = options.copy()
+    cancelled = options.pop("cancelled", None)
     arch = assets.canonical_arch(given) if (given := options.pop("arch", None)) else assets.host_arch()
     context = Context(
         assets.cache_root(),
@@ -114,6 +118,7 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
         platform=options.pop("platform", None),
         form=options.pop("rootfs_form", "block"),
         progress=options.pop("progress", None) or (lambda _: None),
+        cancelled=cancelled or (lambda: False),
     )
     registry = options.pop("registry", None) or default_registry()
     services = {name: options.pop(name) for name in SERVICES if name in options}  # type: ignore[misc]
@@ -127,7 +132,7 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
         fields["root_read_only"] = fields.pop("rootfs_ro")
     config = MachineConfig(None, arch=arch, **fields)  # what is wrong with it is said before anything is fetched
     artifact = registry.resolve(os.fspath(rootfs), context)
-    return Machine(replace(config, root=artifact), artifact.config, _services(artifact.config, **services))
+    return Machine(replace(config, root=artifact), artifact.config, _services(artifact.config, **services), cancelled)
 
 
 def _services(
@@ -186,7 +191,7 @@ def booted(
         # The VM comes first: what talks to it is imported while it boots.
         from .guest import Guest
 
-        guest = stack.enter_context(Guest(vm, stopwatch, debug=debug))
+        guest = stack.enter_context(Guest(vm, stopwatch, debug=debug, cancelled=machine.cancelled))
         if machine.services is not None:
             from .services import running
 

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Generic, TypeVar, Union
 from .config import signal_number
 from .errors import CalledProcessError, SandboxTimeout, TimeoutExpired
 from .protocol import SignalFlag
-from .streams import Buffer, BytesSource, Discard, FdSink, FdSource, Sink, Source
+from .streams import Buffer, BytesSource, Discard, FdSink, FdSource, Limited, Sink, Source
 from .timings import Timing
 
 if TYPE_CHECKING:
@@ -81,19 +81,25 @@ class Captured:
 
     def __init__(self, command: Command, limit: int = MAX_OUTPUT, *, text: bool = False) -> None:
         self.args = tuple(map(os.fsdecode, command.argv))
-        self.stdout, self.stderr = Buffer(limit), Buffer(limit)
+        self._out, self._err = Buffer(), Buffer()
+        self.sinks: tuple[Sink, Sink] = Limited(self._out, limit), Limited(self._err, limit)
         self._text = text
+
+    @property
+    def stderr(self) -> bytes:
+        """What there is of stderr by now."""
+        return bytes(self._err.data)
 
     def timed_out(self, timeout: float) -> TimeoutExpired:
         """The error that carries what there is by now."""
-        output = [decoded(b.data) if self._text else bytes(b.data) for b in (self.stdout, self.stderr)]
+        output = [decoded(b.data) if self._text else bytes(b.data) for b in (self._out, self._err)]
         return TimeoutExpired(self.args, timeout, *output)
 
     def completed(
         self, exited: Exited, timings: tuple[Timing, ...] = ()
     ) -> CompletedProcess[bytes] | CompletedProcess[str]:
         """What the command has become."""
-        status, out, err = returncode(exited), self.stdout.data, self.stderr.data
+        status, out, err = returncode(exited), self._out.data, self._err.data
         if self._text:
             return CompletedProcess(self.args, status, decoded(out), decoded(err), exited.usage, timings)
         return CompletedProcess(self.args, status, bytes(out), bytes(err), exited.usage, timings)
@@ -170,7 +176,7 @@ def run(session: Session, command: Command, stdin: bytes, captured: Captured, ti
     from .guest import STOP_SECONDS
 
     deadline = None if timeout is None else time.monotonic() + timeout
-    running = Running(session, command, BytesSource(stdin), captured.stdout, captured.stderr)
+    running = Running(session, command, BytesSource(stdin), *captured.sinks)
     try:
         return running.wait(deadline)
     except SandboxTimeout:

@@ -77,7 +77,7 @@ class Session:
                 errors.append(error)
             done.set()
 
-        self.post(task)
+        self.post(task, done.set)
         done.wait()
         if errors:
             raise errors[0]
@@ -85,8 +85,8 @@ class Session:
             raise self._reason()
         return results[0]
 
-    def post(self, task: Callable[[], None]) -> None:
-        """Has the thread call `task`, or not if it ends before.
+    def post(self, task: Callable[[], None], too_late: Callable[[], None] = lambda: None) -> None:
+        """Has the thread call `task`, or else, at its end, `too_late`.
 
         Raises:
             VmetteError: the session has ended.
@@ -94,7 +94,7 @@ class Session:
         with self._lock:
             if self.ended is not None or self._closing:
                 raise self._reason()
-            self.guest.call(task)
+            self.guest.call(task, too_late)
 
     def post_if_open(self, task: Callable[[], None]) -> None:
         """Has the thread call `task`; does nothing if the session has ended, and all that it held with it."""
@@ -130,13 +130,13 @@ class Session:
             self.ended = error
         self.guest.end_all(error)
         self._rest.close()
-        self.guest.abandon_calls()
 
     def _turn_until_closed(self) -> SandboxClosed:
         while not self._closing:
+            busy = self.guest.busy
             self.guest.turn(self._next_end())
             now = time.monotonic()
-            if self.guest.busy:
+            if busy or self.guest.busy:
                 self._busy_until = now
             if self._dies_at is not None and now >= self._dies_at:
                 return SandboxClosed(f"the sandbox has ended: its lifetime of {self._max_lifetime:g} seconds is over")
@@ -226,7 +226,7 @@ class Sandbox:
         command = clock_command()
         captured = Captured(command)
         if run(self._session, command, b"", captured).code != 0:
-            failure = decode_error(0, bytes(captured.stderr.data))
+            failure = decode_error(0, captured.stderr)
             raise GuestError(f"the guest cannot set its clock: {os.strerror(failure.errno)}")
 
     @property

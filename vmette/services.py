@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from .config import Command
 from .errors import ConfigError, GuestError, reason
-from .protocol import Exited, Failure, decode_error
-from .streams import Buffer, BytesSource, Discard, SocketSink, SocketSource
+from .protocol import MAX_CONTROL, Exited, Failure, decode_error
+from .streams import Buffer, BytesSource, Discard, Limited, SocketSink, SocketSource
 
 if TYPE_CHECKING:
     from .guest import Ending, Guest
@@ -158,8 +158,10 @@ def running(guest: Guest, services: Services, deadline: float | None = None) -> 
 
 def _call(guest: Guest, what: str, argv: tuple[bytes, ...], data: bytes, deadline: float | None) -> None:
     """Has the guest's agent run one of its functions with `data` for stdin."""
-    said = Buffer(4096)
-    exited = guest.run(Command(argv, builtin=True), BytesSource(data), Discard(), said, deadline=deadline)
+    said = Buffer()
+    exited = guest.run(
+        Command(argv, builtin=True), BytesSource(data), Discard(), Limited(said, MAX_CONTROL), deadline=deadline
+    )
     if exited.code != 0:
         failure = decode_error(0, bytes(said.data))
         raise GuestError(f"the guest cannot take its {what}: {failure.stage}: {failure.text}")

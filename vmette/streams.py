@@ -52,9 +52,6 @@ class BytesSource:
 
     fd = None
 
-    def end(self) -> None:
-        """Nothing to let go of."""
-
     def __init__(self, data: bytes) -> None:
         self._rest = memoryview(data)
 
@@ -62,6 +59,9 @@ class BytesSource:
         """The next bytes."""
         piece, self._rest = bytes(self._rest[:size]), self._rest[size:]
         return piece
+
+    def end(self) -> None:
+        """Nothing to let go of."""
 
 
 class FdSource:
@@ -88,29 +88,56 @@ class FdSource:
 
 
 class Buffer:
-    """Output into memory, at most `limit` bytes of it.
+    """Output into memory."""
+
+    fd = None
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def write(self, data: memoryview) -> int:
+        """Takes all of it."""
+        self.data += data
+        return len(data)
+
+    def end(self) -> None:
+        """Nothing to let go of."""
+
+
+class Limited:
+    """At most `limit` bytes of output into `sink`.
 
     Raises, when it is written to:
         OutputTooLarge: there would be more.
     """
 
-    fd = None
+    def __init__(self, sink: Sink, limit: int) -> None:
+        self._sink = sink
+        self._limit = self._left = limit
 
-    def end(self) -> None:
-        """Nothing to let go of."""
-
-    def __init__(self, limit: int) -> None:
-        self.data = bytearray()
-        self._limit = limit
+    @property
+    def fd(self) -> int | None:
+        """The sink's."""
+        return self._sink.fd
 
     def write(self, data: memoryview) -> int:
-        """Takes all of it."""
-        if len(self.data) + len(data) > self._limit:
+        """Takes what the sink takes."""
+        if len(data) > self._left:
             raise OutputTooLarge(
-                f"the command wrote more than {self._limit} bytes: raise max_output, or have it write to a share"
+                f"the command wrote more than {self._limit} bytes: raise the limit, or have it write to a share"
             )
-        self.data += data
-        return len(data)
+        written = self._sink.write(data)
+        self._left -= written
+        return written
+
+    def end(self) -> None:
+        """The sink's."""
+        self._sink.end()
+
+
+def limited(sink: Sink, limit: int | None) -> Sink:
+    """`sink`, for at most `limit` bytes if there is a limit."""
+    return sink if limit is None else Limited(sink, limit)
 
 
 class Discard:

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +17,10 @@ import click
 
 from ..api import execute
 from ..config import ACCELERATORS, Command, Share
-from ..errors import ConfigError, SandboxTimeout, TimeoutExpired
+from ..errors import ConfigError, SandboxTimeout, TimeoutExpired, reason
 from ..machine import MachineOptions, prepare
 from ..providers.base import FORMS, PULL_POLICIES, Progress
-from ..streams import FdSink, FdSource
+from ..streams import FdSink, FdSource, limited
 from ..timings import Stopwatch
 from . import complain
 
@@ -38,6 +40,20 @@ form_option = click.option(
 @click.option("--rootfs", "rootfs_option", metavar="SPEC", help="The root filesystem, in place of ROOTFS.")
 @click.option("--exec", "shell_line", metavar="LINE", help="Run LINE with the guest's /bin/sh, in place of COMMAND.")
 @click.option("-e", "--env", "env", metavar="K=V", multiple=True, help="Set an environment variable. Repeatable.")
+@click.option(
+    "--env-file",
+    "env_files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Set what the lines of a file say, K=V, or K for this environment's own. Repeatable.",
+)
+@click.option(
+    "--secret",
+    "secrets",
+    metavar="NAME[=ENV]",
+    multiple=True,
+    help="Put the value of the environment variable ENV (or NAME) into /run/secrets/NAME. Repeatable.",
+)
 @click.option("-w", "--workdir", metavar="DIR", help="Run in DIR, an absolute path of the guest.  [default: /]")
 @click.option(
     "-u", "--user", metavar="USER[:GROUP]", help="Run as USER, a name of the guest or a number.  [default: root]"
@@ -49,6 +65,28 @@ form_option = click.option(
     multiple=True,
     help="Share the host's directory PATH at /mnt/TAG; with :ro the guest cannot write to it. Repeatable.",
 )
+@click.option(
+    "--allow-host",
+    "allow_hosts",
+    metavar="NAME[:PORT]",
+    multiple=True,
+    help="Let the guest reach NAME (or *.NAME) by HTTP and HTTPS, through a proxy here. Repeatable.",
+)
+@click.option(
+    "-p",
+    "--publish",
+    metavar="[IP:]PORT:PORT",
+    multiple=True,
+    help="Lead a TCP port of this computer (of 127.0.0.1) to one of the guest. Repeatable.",
+)
+@click.option(
+    "--ca-certs",
+    metavar="DIR",
+    help="Have the guest trust the PEM certificates in DIR.  [default: $VMETTE_CA_CERTS, or vmette's configuration]",
+)
+@click.option("--max-output", type=int, metavar="BYTES", help="End the run when stdout or stderr has more than BYTES.")
+@click.option("-i", "--interactive", is_flag=True, expose_value=False, help="Pass stdin on: it always is.")
+@click.option("-t", "--tty", is_flag=True, help="Run COMMAND in a terminal, for which this one stands. See below.")
 @click.option("--vcpus", type=int, default=1, show_default=True, help="Virtual processors.")
 @click.option("--mem-mib", type=int, default=512, show_default=True, help="Memory in MiB.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="End the run after SECONDS (exit code 124); 0: never.")
@@ -75,9 +113,16 @@ def command(
     rootfs_option: str | None,
     shell_line: str | None,
     env: tuple[str, ...],
+    env_files: tuple[Path, ...],
+    secrets: tuple[str, ...],
     workdir: str | None,
     user: str | None,
     shares: tuple[str, ...],
+    allow_hosts: tuple[str, ...],
+    publish: tuple[str, ...],
+    ca_certs: str | None,
+    max_output: int | None,
+    tty: bool,
     vcpus: int,
     mem_mib: int,
     timeout: float | None,
@@ -107,9 +152,14 @@ def command(
     signal that ended it. 124: time-out, 125: vmette failed, 126: COMMAND cannot be executed, 127: there is none,
     2: usage.
 
+    With -t they are one terminal of the guest, as large as the one that vmette reads from and of its TERM. Once the
+    guest is up all keys are the command's, Ctrl-C too, and what it writes controls your terminal. Its output is all
+    on stdout, which may be a pipe.
+
     \b
     vmette run builtin://base -- uname -a
     vmette run alpine:3.20 cat /etc/os-release
+    vmette run -it alpine:3.20 sh
     vmette run --share src=.:ro -w /mnt/src builtin://base -- find .
     vmette run --timeout 5 --mem-mib 256 --exec 'echo $((6 * 7))' builtin://base
     """
@@ -127,7 +177,13 @@ def command(
             raise click.UsageError("--exec and COMMAND exclude each other")
         arguments = ["/bin/sh", "-c", shell_line]
         entrypoint = ""
-    environment = _environment(env)
+    environment = _environment(env, env_files)
+    terminal = attach = None
+    if tty:
+        from .terminal import attached, terminal_environment, terminal_size
+
+        terminal, attach = terminal_size(0), partial(attached, 0)
+        environment = {**terminal_environment(), **environment}
     Command.of(arguments or ["-"], environment, workdir, user)  # what is wrong with it is said before all else
     options: MachineOptions = {
         "offline": offline,
@@ -139,6 +195,10 @@ def command(
         "vcpus": vcpus,
         "mem_mib": mem_mib,
         "rootfs_ro": rootfs_ro,
+        "secrets": dict(map(_secret, secrets)),
+        "ca_certs": ca_certs,
+        "allow_hosts": allow_hosts,
+        "publish": publish,
         "kernel": kernel,
         "initramfs": initramfs,
         "cmdline": cmdline,
@@ -149,18 +209,19 @@ def command(
     program = None if entrypoint is None else [entrypoint] if entrypoint else []
     if not arguments and not program and not (machine.image and (machine.image.entrypoint or machine.image.cmd)):
         raise click.UsageError("there is no command to run: give COMMAND, or a line with --exec")
-    request = machine.command(arguments, environment, workdir, user, program)
+    request = replace(machine.command(arguments, environment, workdir, user, program), terminal=terminal)
     stopwatch.reached("rootfs")
     try:
         exited = execute(
             machine,
             request,
             FdSource(0),
-            FdSink(1),
-            FdSink(2),
+            limited(FdSink(1), max_output),
+            limited(FdSink(2), max_output),
             stopwatch=stopwatch,
             timeout=timeout or None,
             debug=(lambda line: complain(f"[guest] {line}")) if debug else None,
+            attach=attach,
         )
     except SandboxTimeout:
         raise TimeoutExpired([*map(os.fsdecode, request.argv)], timeout or 0, None, None) from None
@@ -188,14 +249,38 @@ def shown_progress(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
         yield show if not quiet else lambda _: None
 
 
-def _environment(entries: tuple[str, ...]) -> dict[str, str]:
+def _environment(entries: tuple[str, ...], files: tuple[Path, ...]) -> dict[str, str]:
+    """What --env and --env-file say: the former has the last word."""
     environment = {}
+    for path in files:
+        try:
+            lines = path.read_text().splitlines()
+        except (OSError, ValueError) as error:
+            why = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else reason(error)
+            raise ConfigError(f"environment file {path}: {why}") from error
+        for number, line in enumerate(map(str.strip, lines), 1):
+            name, equals, value = line.partition("=")
+            if not line or line.startswith("#"):
+                continue
+            if not name or " " in name:  # the line itself may be a secret
+                raise ConfigError(f"environment file {path}: line {number} is malformed: it is NAME=VALUE, or NAME")
+            if equals or name in os.environ:
+                environment[name] = value if equals else os.environ[name]
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not name or not equals:
             raise ConfigError(f"environment entry {entry!r} is malformed: it is NAME=VALUE")
         environment[name] = value
     return environment
+
+
+def _secret(text: str) -> tuple[str, str]:
+    """Reads `NAME[=ENV]`: the name, and the value of the environment variable."""
+    name, _, variable = text.partition("=")
+    variable = variable or name
+    if variable not in os.environ:
+        raise ConfigError(f"secret {name!r}: there is no environment variable {variable!r}")
+    return name, os.environ[variable]
 
 
 def set_up_logging(*, quiet: bool, debug: bool) -> None:
