@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 MAX_OUTPUT = 256 << 20
 """Bytes of stdout, and of stderr, that are taken into memory unless a caller says otherwise."""
 
+SHOWN_BYTES = 16384
+"""How much of the end of an output a notebook shows."""
+
 PIPE_BYTES = 1 << 20
 """The size of a pipe that takes a command's output: fewer wake-ups for bulk data."""
 
@@ -50,6 +53,20 @@ class CompletedProcess(Generic[Text]):
     """What it took of the machine: time, memory, and how many of its processes died for lack of memory."""
     timings: tuple[Timing, ...] = field(default=(), compare=False)
     """The milestones of a run, in seconds since its start."""
+
+    def _repr_html_(self) -> str:
+        """For Jupyter. The output is a hostile guest's, and is shown as text whatever it says."""
+        from html import escape
+        from shlex import join
+
+        shown = [f"<code>{escape(join(self.args))}</code> returned {self.returncode}"]
+        for name, output in (("stdout", self.stdout), ("stderr", self.stderr)):
+            if output:
+                end = output[-SHOWN_BYTES:]
+                text = end if isinstance(end, str) else decoded(end)
+                more = f", the last {len(end)} of {len(output)}" if len(end) < len(output) else ""
+                shown.append(f"{name}{more}:<pre>{escape(text)}</pre>")
+        return "<div>" + "<br>".join(shown) + "</div>"
 
     def check_returncode(self) -> None:
         """Does nothing if the command succeeded.
@@ -236,9 +253,9 @@ class Popen:
             return BytesSource(b"")
         if target != subprocess.PIPE:
             return FdSource(_kept(_duplicate(target, 0), undo), owned=True)
-        theirs, ours = (_kept(fd, undo) for fd in os.pipe())
-        os.set_blocking(theirs, False)
-        self.stdin = os.fdopen(ours, "wb")
+        theirs, ours = os.pipe()
+        self.stdin = undo.enter_context(os.fdopen(ours, "wb"))
+        os.set_blocking(_kept(theirs, undo), False)
         return FdSource(theirs, owned=True)
 
     def _sink(self, target: Redirection, own: int, undo: ExitStack) -> tuple[Sink, BufferedReader | None]:
@@ -246,11 +263,12 @@ class Popen:
             return Discard(), None
         if target != subprocess.PIPE:
             return FdSink(_kept(_duplicate(target, own), undo), owned=True), None
-        ours, theirs = (_kept(fd, undo) for fd in os.pipe())
-        os.set_blocking(theirs, False)
+        ours, theirs = os.pipe()
+        reader = undo.enter_context(os.fdopen(ours, "rb"))
+        os.set_blocking(_kept(theirs, undo), False)
         with suppress(OSError, AttributeError):  # beyond the user's limit; or no Linux
             fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        return FdSink(theirs, owned=True), os.fdopen(ours, "rb")
+        return FdSink(theirs, owned=True), reader
 
     def __enter__(self) -> Popen:
         return self
