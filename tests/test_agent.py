@@ -1,4 +1,4 @@
-"""The guest agent (csrc/guest/agent.c) on this host: against the host's half of the protocol, and against nonsense."""
+"""The guest agent (csrc/guest/agent.c) on this host: commands, and a host that breaks the protocol."""
 
 from __future__ import annotations
 
@@ -7,236 +7,70 @@ import fcntl
 import os
 import pwd
 import resource
-import select
 import signal
 import socket
 import struct
 import subprocess
 import termios
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.agent_harness import (
+    AGENT_KERNEL,
+    BROKEN,
+    CLEAN,
+    HELLO,
+    MIB,
+    OWN_HOME,
+    OWN_USER,
+    PATIENCE,
+    PIPE,
+    Agent,
+    Stream,
+    build,
+    converse,
+    descriptors,
+    drain,
+    eventually,
+    exec_frame,
+    exists,
+    fields,
+    frame,
+    noise,
+    parse,
+    spawn,
+)
 from vmette import config
 from vmette.protocol import (
     CREDIT,
     FIELD,
-    HEADER,
+    FROM_GUEST,
     MAX_CONTROL,
     MAX_DATA,
     MAX_EXEC,
+    MAX_STREAMS,
     U32,
     WINDOW,
+    WINSIZE,
     Channel,
     Connection,
-    Event,
     Exited,
     Failure,
     FrameType,
     Hello,
     Milestone,
-    Output,
+    SignalFlag,
     Tag,
-    decode_record,
-    encode_exec,
-    encode_record,
 )
 
-ROOT = Path(__file__).parent.parent
-SOURCES = ("tests/agent_host.c", "csrc/guest/agent.c")
-COMPILE = ("cc", "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-Icsrc/guest")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-WRAPPED = ("poll", "read", "write", "initgroups", "setgroups")
-SANITIZER_STATUS = 99
 
-CLEAN, BROKEN = 0, 3
-"""How agent_host ends: as the host wished, or because it broke the protocol."""
-
-MAX_STREAMS = 64
-PIPE = 65536
-"""What the kernel holds of a command's stdin."""
-
-PATIENCE = 60.0
-"""Seconds without any progress that mean a hang."""
-
-MIB = 1 << 20
-AGENT_KERNEL = "6.12.0-test"
-HELLO = HEADER.pack(FrameType.HELLO, 0, 0, 0, 12) + encode_record([(Tag.VERSION, U32.pack(1))])
-OWN_USER = str(os.getuid()).encode()
-OWN_HOME = pwd.getpwuid(os.getuid()).pw_dir
-
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("agent") / "agent_host"
-    wrap = [f"-Wl,--wrap={name}" for name in WRAPPED]
-    subprocess.run([*COMPILE, *SANITIZE, *wrap, *SOURCES, "-o", output], cwd=ROOT, check=True)
-    return output
-
-
-@dataclass
-class Command:
-    """What the agent was asked to run, and what has come of it."""
-
-    stream: int
-    stdin: memoryview
-    eof: bool
-    """Its stdin ends after `stdin`."""
-    reads: bool
-    """Somebody takes its output; or else it stays in the window."""
-    data: dict[Channel, bytearray] = field(
-        default_factory=lambda: {Channel.STDOUT: bytearray(), Channel.STDERR: bytearray()}
-    )
-    held: list[Output] = field(default_factory=list)
-    end: Exited | Failure | None = None
-
-    @property
-    def stdout(self) -> bytes:
-        return bytes(self.data[Channel.STDOUT])
-
-    @property
-    def stderr(self) -> bytes:
-        return bytes(self.data[Channel.STDERR])
-
-    @property
-    def status(self) -> int:
-        """As in subprocess: negative for the signal that killed it."""
-        assert isinstance(self.end, Exited), self.end
-        return self.end.code if self.end.code is not None else -(self.end.signal or 0)
-
-    @property
-    def failure(self) -> tuple[int, str]:
-        assert isinstance(self.end, Failure), self.end
-        assert self.end.text == os.strerror(self.end.errno)
-        return self.end.errno, self.end.stage
-
-
-class Agent:
-    """An agent that runs, and the host that it talks to."""
-
-    def __init__(self, program: Path, kernel: str = AGENT_KERNEL) -> None:
-        self.connection = Connection()
-        self.hello: Hello | None = None
-        self.commands: dict[int, Command] = {}
-        self.left = 0
-        """Processes that were still there when it had ended."""
-        self.port, theirs = socket.socketpair()
-        self.port.settimeout(PATIENCE)
-        with theirs:
-            self.process = spawn(program, "serve", theirs, kernel)
-
-    def __enter__(self) -> Agent:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.port.close()
-        with self.process:
-            self.process.kill()
-
-    def ended(self) -> int:
-        """Its exit status. A sanitizer that has something to say fails the test."""
-        left, said = self.process.communicate(timeout=PATIENCE)
-        assert said.decode() == ""
-        self.left = int(left)
-        return self.process.returncode
-
-    def start(
-        self,
-        *argv: str | bytes,
-        env: tuple[bytes, ...] = (),
-        cwd: bytes | None = None,
-        user: bytes | None = OWN_USER,
-        stdin: bytes = b"",
-        eof: bool = True,
-        reads: bool = True,
-    ) -> Command:
-        stream = self.connection.exec(config.Command(tuple(os.fsencode(arg) for arg in argv), env, cwd, user))
-        self.commands[stream] = Command(stream, memoryview(stdin), eof, reads)
-        return self.commands[stream]
-
-    def run(
-        self,
-        *argv: str | bytes,
-        env: tuple[bytes, ...] = (),
-        cwd: bytes | None = None,
-        user: bytes | None = OWN_USER,
-        stdin: bytes = b"",
-    ) -> Command:
-        command = self.start(*argv, env=env, cwd=cwd, user=user, stdin=stdin)
-        self.wait(command)
-        return command
-
-    def wait(self, *commands: Command) -> None:
-        self.until(lambda: all(command.end is not None for command in commands))
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            self.turn()
-
-    def turn(self) -> None:
-        """Moves what can be moved, both ways. Waits for the agent if nothing can."""
-        for command in self.commands.values():
-            self._feed(command)
-        outgoing = self.connection.outgoing
-        readable, writable, _ = select.select([self.port], [self.port] if outgoing else [], [], PATIENCE)
-        assert readable or writable, "the agent hangs"
-        if writable:
-            sent = self.port.send(memoryview(outgoing)[:PIPE])
-            del outgoing[:sent]
-        if readable:
-            data = self.port.recv(MIB)
-            assert data, "the agent has closed the port"
-            for event in self.connection.receive(data):
-                self._take(event)
-
-    def _feed(self, command: Command) -> None:
-        piece = command.stdin[: self.connection.stdin_room(command.stream)]
-        if piece:
-            self.connection.send_stdin(command.stream, bytes(piece))
-            command.stdin = command.stdin[len(piece) :]
-        if command.eof and not command.stdin:
-            self.connection.send_eof(command.stream)
-
-    def _take(self, event: Event) -> None:
-        if isinstance(event, Hello):
-            self.hello = event
-        elif isinstance(event, Output):
-            command = self.commands[event.stream]
-            assert command.end is None
-            command.data[event.channel] += event.data
-            command.held.append(event)
-            if command.reads:
-                self.give_back(command)
-        elif isinstance(event, Exited | Failure):
-            assert event.stream, event
-            self.commands[event.stream].end = event
-
-    def give_back(self, command: Command) -> None:
-        """Takes what `command` has written out of the window."""
-        for output in command.held:
-            self.connection.consumed(output)
-        command.held.clear()
-
-
-def spawn(program: Path, mode: str, port: socket.socket, *args: str) -> subprocess.Popen[bytes]:
-    """agent_host, in a session of its own: a signal to its group, by whatever mistake, is its own affair."""
-    options = f"exitcode={SANITIZER_STATUS}:print_stacktrace=1:detect_stack_use_after_return=1"
-    return subprocess.Popen(
-        [program, mode, str(port.fileno()), *args],
-        pass_fds=[port.fileno()],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=dict.fromkeys(("ASAN_OPTIONS", "UBSAN_OPTIONS", "LSAN_OPTIONS"), options),
-        start_new_session=True,
-    )
+@pytest.fixture(scope="module")
+def program() -> Path:
+    return build()
 
 
 @pytest.fixture
@@ -246,23 +80,6 @@ def agent(program: Path) -> Iterator[Agent]:
         yield agent
         agent.port.close()
         assert agent.ended() == CLEAN
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Waits for what the agent does without a word."""
-    give_up = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < give_up, "it does not happen"
-        time.sleep(0.002)
-
-
-def exists(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
-
-
-def noise(size: int, seed: int = 1) -> bytes:
-    """Bytes in which a piece that is lost, doubled or out of place shows."""
-    return b"".join(struct.pack("<II", seed, at) for at in range(0, size, 8))[:size]
 
 
 # --- What a command gets --------------------------------------------------------------------------------------------
@@ -315,6 +132,7 @@ def test_directory(agent: Agent, cwd: bytes | None, expected: bytes) -> None:
     assert agent.run("pwd", cwd=cwd).stdout == expected
 
 
+CAP_SYS_PTRACE = 19
 NOBODY = pwd.getpwnam("nobody")
 USERS = {OWN_USER: (os.getuid(), pwd.getpwuid(os.getuid()).pw_gid, OWN_HOME)}
 if os.getuid() == 0:  # nobody else can become another
@@ -354,6 +172,213 @@ def test_descriptors_and_signals_are_a_fresh_process_s(agent: Agent) -> None:
     assert not any(other.end for other in others)
 
 
+def test_limits_are_not_the_agent_s(agent: Agent) -> None:
+    """The agent may open more files and is never killed for lack of memory; its commands are like any others."""
+    assert agent.run("/bin/sh", "-c", "ulimit -Sn; ulimit -Hn").stdout.split() == [
+        str(limit).encode() for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    ]
+    assert agent.run("cat", "/proc/self/oom_score_adj").stdout == b"0\n"
+    spare = "echo -1000 >/proc/self/oom_score_adj; read score </proc/self/oom_score_adj; echo $score"
+    possible = subprocess.run(["/bin/sh", "-c", spare], capture_output=True, text=True).stdout  # takes CAP_SYS_RESOURCE
+    assert Path(f"/proc/{agent.process.pid}/oom_score_adj").read_text() == possible
+
+
+def test_agent_cannot_be_traced(agent: Agent) -> None:
+    """Nor its descriptors be had. Root needs a capability for that which no program has; an agent that is not root is
+    nothing special."""
+    has_it = Path(f"/proc/{agent.process.pid}/status").read_text().partition("CapPrm:\t")[2].split()[0]
+    safe = int(has_it, 16) >> CAP_SYS_PTRACE & 1
+    assert agent.run("readlink", f"/proc/{agent.process.pid}/fd/0").status == safe
+    assert (
+        agent.run("/bin/sh", "-c", "sleep 600 & readlink /proc/$!/fd/0; result=$?; kill $!; exit $result").status == 0
+    )
+
+
+@pytest.mark.parametrize("cwd", [b"", b".", b"usr", b"~"])
+def test_directory_that_is_not_absolute(agent: Agent, cwd: bytes) -> None:
+    assert agent.run("true", cwd=cwd).failure == (errno.EINVAL, "chdir")
+
+
+@pytest.mark.parametrize("flags", [16, 0x80000000, 0xFFFFFFFF])
+def test_flags_that_the_agent_does_not_know(agent: Agent, flags: int) -> None:
+    number = agent.connection.exec(config.Command((b"true",)))
+    agent.streams[number] = command = Stream(number)
+    outgoing = agent.connection.outgoing
+    outgoing[-U32.size :] = U32.pack(flags)  # the last field of EXEC
+    agent.wait(command)
+    assert command.failure == (errno.EINVAL, "flags")
+
+
+# --- Functions of the agent: the one of agent_host.c ------------------------------------------------------------------
+
+
+def test_builtin(agent: Agent) -> None:
+    others = [agent.start("cat", eof=False) for _ in range(3)]
+    command = agent.run("show", "7", "a b", builtin=True, cwd=b"/usr", stdin=noise(MIB))
+    said = f"show\n7\na b\n/usr {os.getuid()} 3 {OWN_HOME}\n".encode()  # 3 descriptors: nothing of the agent's
+    assert command.stdout == said + noise(MIB)
+    assert command.status == 7
+    assert not any(other.end for other in others)
+
+
+def test_builtin_that_cannot_start(agent: Agent) -> None:
+    assert agent.run("show", builtin=True, cwd=b"/no/such").failure == (errno.ENOENT, "chdir")
+    assert agent.run("show", builtin=True, user=b"no-such-user").failure == (errno.ENOENT, "user")
+
+
+# --- Terminals --------------------------------------------------------------------------------------------------------
+
+
+def test_terminal(agent: Agent) -> None:
+    script = "stty size; test -t 0 && test -t 1 && test -t 2 && echo err >&2; ps -o tty= -p $$ >/dev/tty; tty"
+    command = agent.start("/bin/sh", "-c", script, terminal=(33, 111))
+    agent.wait(command)
+    size, error, controlling, name = command.stdout.decode().split("\r\n")[:-1]
+    assert (size, error) == ("33 111", "err")
+    assert name == f"/dev/{controlling.strip()}"
+    assert command.stderr == b""
+    assert command.status == 0
+
+
+def test_terminal_belongs_to_the_user(agent: Agent) -> None:
+    command = agent.start("/bin/sh", "-c", 'stat -c %u "$(tty)"', user=OWN_USER, terminal=(1, 1))
+    agent.wait(command)
+    assert command.stdout == OWN_USER + b"\r\n"
+    if os.getuid() == 0:
+        command = agent.start("/bin/sh", "-c", 'stat -c %u "$(tty)"; echo x > $(tty)', user=b"nobody", terminal=(1, 1))
+        agent.wait(command)
+        assert command.stdout == b"%d\r\nx\r\n" % NOBODY.pw_uid
+
+
+def test_terminal_that_changes_its_size(agent: Agent) -> None:
+    script = "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.01; done"
+    command = agent.start("/bin/sh", "-c", script, terminal=(24, 80), eof=False)
+    agent.until(lambda: command.stdout == b"ready\r\n")
+    agent.connection.resize(command.number, 50, 65535)
+    agent.wait(command)
+    assert command.stdout == b"ready\r\n50 65535\r\n"
+
+
+def test_size_of_no_terminal(agent: Agent) -> None:
+    command = agent.start("cat", eof=False)
+    agent.connection.resize(command.number, 1, 1)
+    command.eof = True
+    agent.wait(command)
+    assert command.status == 0
+
+
+@pytest.mark.parametrize("typed", [b"", b"line\n", b"line\npart", b"part", b"line\r"])
+def test_end_of_what_is_typed(agent: Agent, typed: bytes) -> None:
+    command = agent.start("/bin/sh", "-c", "stty -echo; echo ready; cat; echo end", terminal=(24, 80), eof=False)
+    agent.until(lambda: command.stdout == b"ready\r\n")
+    command.stdin, command.eof = memoryview(typed), True
+    agent.wait(command)
+    heard = typed.replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+    assert command.stdout == b"ready\r\n" + heard + b"end\r\n"
+    assert command.status == 0
+
+
+def test_end_of_what_is_typed_in_raw_mode(agent: Agent) -> None:
+    """It is a byte like any other there, and no input is lost."""
+    script = "stty raw -echo; echo ready; head -c 1000001 | tee /dev/stderr | tail -c 2 | od -An -tx1 >&2"
+    command = agent.start("/bin/sh", "-c", script, terminal=(24, 80), eof=False)
+    agent.until(lambda: command.stdout == b"ready\n")
+    data = noise(1_000_000)
+    command.stdin, command.eof = memoryview(data), True
+    agent.wait(command)
+    assert command.stdout == b"ready\n" + data + b"\4" + f" {data[-1]:02x} 04\n".encode()
+
+
+@pytest.mark.parametrize(("key", "number"), [(b"\x03", signal.SIGINT), (b"\x1c", signal.SIGQUIT)])
+def test_keys_that_are_signals(agent: Agent, key: bytes, number: int) -> None:
+    script = "ulimit -c 0; echo ready; exec sleep 600"
+    command = agent.start("/bin/sh", "-c", script, terminal=(24, 80), stdin=b"", eof=False)
+    agent.until(lambda: command.stdout == b"ready\r\n")
+    command.stdin = memoryview(key)
+    agent.wait(command)
+    assert command.status == -number
+
+
+@pytest.mark.parametrize("size", [1, WINDOW - 2, WINDOW, MIB])
+def test_terminal_output_comes_before_the_end(agent: Agent, size: int) -> None:
+    """Also when it waits for the window; and nothing that is not there is waited for."""
+    script = f"head -c {size} /dev/zero | tr '\\0' x"
+    commands = [agent.start("/bin/sh", "-c", script, terminal=(24, 80), reads=False) for _ in range(8)]
+    agent.until(lambda: all(len(command.stdout) == min(size, WINDOW) for command in commands))
+    if size <= WINDOW:
+        agent.wait(*commands)
+    for command in commands:
+        command.reads = True
+        agent.give_back(command)
+    agent.wait(*commands)
+    assert {command.stdout for command in commands} == {b"x" * size}
+    assert {command.status for command in commands} == {0}
+
+
+def test_background_that_fills_the_terminal_does_not_delay_the_end(agent: Agent) -> None:
+    script = "trap '' HUP; yes & yes & exit 3"
+    command = agent.start("/bin/sh", "-c", script, terminal=(24, 80))
+    agent.wait(command)
+    assert command.status == 3
+
+
+def test_terminal_that_is_closed_and_opened_again(agent: Agent) -> None:
+    script = "exec <&- >&- 2>&-; sleep 0.1; echo back >/dev/tty"
+    command = agent.start("/bin/sh", "-c", script, terminal=(24, 80), eof=False)
+    agent.wait(command)
+    assert command.stdout == b"back\r\n"
+    assert command.status == 0
+
+
+def test_terminal_that_nobody_reads_hangs_up(agent: Agent) -> None:
+    command = agent.start("/bin/sh", "-c", "echo ready; exec sleep 600", terminal=(24, 80), eof=False)
+    agent.until(lambda: command.stdout == b"ready\r\n")
+    agent.connection.send_eof(command.number, Channel.STDERR)  # it has none
+    agent.connection.send_eof(command.number, Channel.STDOUT)
+    agent.wait(command)
+    assert command.status == -signal.SIGHUP
+
+
+# --- An init of its own -----------------------------------------------------------------------------------------------
+
+OWN_PIDS = str(Path("/proc/self/ns/pid").readlink()).encode()
+NAMESPACES = subprocess.run(["unshare", "--pid", "--mount", "--fork", "true"], capture_output=True).returncode == 0
+"""Whether whoever runs the tests may make namespaces."""
+
+
+def test_init(agent: Agent) -> None:
+    """The commands after it are in its namespaces, and in the agent's again when it has ended."""
+    script = "mount -t tmpfs none /mnt && touch /mnt/x && echo $$ $container; ls -d /proc/[0-9]*; trap exit TERM; "
+    init = agent.start("/bin/sh", "-c", script + "while :; do sleep 0.01; done", init=True)
+    inside = agent.start("/bin/sh", "-c", "ls /mnt; readlink /proc/1/ns/pid /proc/self/ns/pid")
+    if not NAMESPACES:
+        agent.wait(init, inside)
+        assert init.failure == (errno.EPERM, "init")
+        return
+    agent.wait(inside)
+    agent.until(lambda: init.stdout.count(b"\n") >= 2)
+    assert init.stdout.startswith(b"1 vmette\n/proc/1\n")
+    again = agent.run("true", init=True)
+    assert again.failure == (errno.EBUSY, "init")
+    *_, own, self = inside.stdout.split()
+    assert own == self != OWN_PIDS
+    assert agent.run("ls", "/mnt").stdout == b"x\n"
+    assert agent.run("show", builtin=True, cwd=b"/mnt").stdout.startswith(b"show\n/mnt ")
+    left = agent.start("sleep", "600")
+    agent.connection.signal(init.number, signal.SIGTERM)
+    agent.wait(init, left)
+    assert init.status == 0
+    assert left.status == -signal.SIGKILL
+    assert agent.run("readlink", "/proc/self/ns/pid").stdout.split() == [OWN_PIDS]
+
+
+def test_init_that_cannot_be_executed(agent: Agent) -> None:
+    expected = (errno.ENOENT, "exec") if NAMESPACES else (errno.EPERM, "init")
+    for _ in range(3):
+        assert agent.run("/no/such", init=True).failure == expected
+        assert agent.run("true").status == 0
+
+
 # --- How it ends -----------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +390,20 @@ def test_exit_code(agent: Agent, code: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGPIPE])
 def test_death_by_signal(agent: Agent, number: int) -> None:
     assert agent.run("/bin/sh", "-c", f"kill -{number} $$").status == -number
+
+
+def test_what_it_used(agent: Agent) -> None:
+    little, much = (
+        agent.run("true"),
+        agent.run("/bin/sh", "-c", "head -c 50000000 /dev/zero | tail -c 50000000 | wc -c"),
+    )
+    assert isinstance(little.end, Exited)
+    assert isinstance(much.end, Exited)
+    assert little.end.usage is not None
+    assert much.end.usage is not None
+    assert 0 < little.end.usage.max_rss < 40_000_000 < much.end.usage.max_rss
+    assert much.end.usage.user_seconds + much.end.usage.system_seconds > 0
+    assert little.end.usage.peak_memory is None  # this host has no cgroup for the agent's commands
 
 
 @pytest.mark.parametrize(
@@ -411,6 +450,23 @@ def test_user_that_there_is_not(agent: Agent, user: bytes, error: int, stage: st
     assert agent.run("true", user=user).failure == (error, stage)
 
 
+@pytest.mark.parametrize("builtin", [False, True])
+def test_start_that_is_announced(agent: Agent, builtin: bool) -> None:
+    command = agent.start("cat", announced=True, builtin=builtin, stdin=b"x", eof=False)
+    agent.until(lambda: command.opened and command.stdout.endswith(b"x"))
+    command.eof = True
+    agent.wait(command)
+    assert command.status == 0
+    assert not agent.run("true").opened
+
+
+def test_start_that_fails_is_not_announced(agent: Agent) -> None:
+    command = agent.start("/no/such", announced=True)
+    agent.wait(command)
+    assert command.failure == (errno.ENOENT, "exec")
+    assert not command.opened
+
+
 # --- Its streams -----------------------------------------------------------------------------------------------------
 
 
@@ -432,7 +488,7 @@ def test_stdout_and_stderr_apart(agent: Agent) -> None:
 
 def test_eof_that_comes_alone(agent: Agent) -> None:
     command = agent.start("cat", stdin=b"x", eof=False)
-    agent.until(lambda: command.stdout == b"x" and agent.connection.stdin_room(command.stream) == WINDOW)
+    agent.until(lambda: command.stdout == b"x" and agent.connection.stdin_room(command.number) == WINDOW)
     command.eof = True
     agent.wait(command)
     assert command.status == 0
@@ -444,7 +500,7 @@ def test_stdin_that_the_command_has_closed_is_dropped(agent: Agent, size: int) -
     agent.until(lambda: command.stdout == b"closed\n")
     for _ in range(3):
         command.stdin = memoryview(noise(size))
-        agent.until(lambda: not command.stdin and agent.connection.stdin_room(command.stream) == WINDOW)
+        agent.until(lambda: not command.stdin and agent.connection.stdin_room(command.number) == WINDOW)
 
 
 @pytest.mark.parametrize("size", [1, 1 << 16, MIB])
@@ -462,6 +518,19 @@ def test_output_written_before_the_end_comes_before_it(agent: Agent, size: int) 
         assert command.status == 0
 
 
+@pytest.mark.parametrize("channel", [Channel.STDOUT, Channel.STDERR])
+def test_output_that_nobody_reads(agent: Agent, channel: Channel) -> None:
+    """The command finds out by SIGPIPE; its other output goes on."""
+    script = "yes >&2; echo $?" if channel is Channel.STDERR else "yes; echo $? >&2"
+    command = agent.start("/bin/sh", "-c", script, reads=False)
+    agent.until(lambda: len(command.data[channel]) == WINDOW)
+    agent.connection.send_eof(command.number, channel)
+    agent.wait(command)
+    other = command.stdout if channel is Channel.STDERR else command.stderr
+    assert other == b"%d\n" % (128 + signal.SIGPIPE)
+    assert command.status == 0
+
+
 def test_small_window(agent: Agent) -> None:
     """The host may give back as little as it likes."""
     command = agent.start("head", "-c", str(WINDOW + 10), "/dev/zero", reads=False)
@@ -469,8 +538,8 @@ def test_small_window(agent: Agent) -> None:
     for size in range(WINDOW, WINDOW + 10):
         assert len(command.stdout) == size
         assert command.end is None
-        agent.port.sendall(frame(FrameType.WINDOW, command.stream, CREDIT.pack(Channel.STDOUT, 1)))
-        agent.connection._streams[command.stream].windows[Channel.STDOUT] += 1
+        agent.port.sendall(frame(FrameType.WINDOW, command.number, CREDIT.pack(Channel.STDOUT, 1)))
+        agent.connection._streams[command.number].windows[Channel.STDOUT] += 1
         while len(command.stdout) == size:
             agent.turn()
     agent.wait(command)
@@ -512,7 +581,7 @@ def test_stream_number_is_free_after_the_end(agent: Agent) -> None:
     for argv in (["true"], ["/no/such"], ["cat"]):
         agent.connection._last_stream = 0  # our host never uses a number again; others may
         command = agent.run(*argv, stdin=b"again")
-        assert command.stream == 1
+        assert command.number == 1
     assert command.stdout == b"again"
 
 
@@ -544,11 +613,6 @@ def test_every_command_is_answered_when_the_host_reads_late(agent: Agent) -> Non
     assert not any(command.end for command in floods)
 
 
-def descriptors(agent: Agent) -> set[int]:
-    agent.until(lambda: agent.hello is not None)
-    return {int(path.name) for path in Path(f"/proc/{agent.process.pid}/fd").iterdir()}
-
-
 def test_nothing_is_left_open(agent: Agent) -> None:
     before = descriptors(agent)
     for _ in range(3):
@@ -573,12 +637,22 @@ def test_no_descriptors_for_another_command(agent: Agent, pipes: int) -> None:
 # --- Signals and processes -------------------------------------------------------------------------------------------
 
 
+def test_signal_to_all(agent: Agent) -> None:
+    """Here there is no cgroup, and it is the process group that is killed: whatever the signal is."""
+    command = agent.start("/bin/sh", "-c", "trap '' TERM; sleep 600 & echo $!; wait")
+    agent.until(lambda: command.stdout.endswith(b"\n"))
+    agent.connection.signal(command.number, signal.SIGTERM, SignalFlag.ALL)
+    agent.wait(command)
+    assert command.status == -signal.SIGKILL
+    eventually(lambda: not exists(int(command.stdout)))
+
+
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, 64])
 def test_signal(agent: Agent, number: int, group: bool) -> None:
     command = agent.start("/bin/sh", "-c", "sleep 600 & echo $!; wait")
     agent.until(lambda: command.stdout.endswith(b"\n"))
-    agent.connection.signal(command.stream, number, group=group)
+    agent.connection.signal(command.number, number, SignalFlag.GROUP if group else SignalFlag.PROCESS)
     agent.wait(command)
     assert command.status == -number
     child = int(command.stdout)
@@ -593,15 +667,15 @@ def test_signal_that_comes_with_its_command(agent: Agent) -> None:
     commands = []
     for _ in range(30):
         commands.append(agent.start("sleep", "600"))
-        agent.connection.signal(commands[-1].stream, signal.SIGKILL)
+        agent.connection.signal(commands[-1].number, signal.SIGKILL)
     agent.wait(*commands)
     assert {command.status for command in commands} == {-signal.SIGKILL}
 
 
 def test_command_that_is_stopped_goes_on(agent: Agent) -> None:
     command = agent.start("cat", eof=False)
-    agent.connection.signal(command.stream, signal.SIGSTOP)
-    agent.connection.signal(command.stream, signal.SIGCONT)
+    agent.connection.signal(command.number, signal.SIGSTOP)
+    agent.connection.signal(command.number, signal.SIGCONT)
     command.eof = True
     agent.wait(command)
     assert command.status == 0
@@ -653,7 +727,7 @@ def test_broken_protocol_when_the_port_is_full(program: Path) -> None:
         assert agent.left == 0
 
 
-def fill_the_port(agent: Agent) -> list[Command]:
+def fill_the_port(agent: Agent) -> list[Stream]:
     """Commands that write much, and nobody reads yet."""
     agent.until(lambda: agent.hello is not None)
     commands = [agent.start("yes") for _ in range(10)]
@@ -670,17 +744,6 @@ def waits_for_room(agent: Agent) -> bool:
     return queued > 100_000 and state == "S"
 
 
-def drain(port: socket.socket) -> bytes:
-    """All that the agent says until it ends."""
-    data = bytearray()
-    try:
-        while piece := port.recv(MIB):
-            data += piece
-    except ConnectionResetError:  # it ended without having read all that it was sent
-        pass
-    return bytes(data)
-
-
 @pytest.mark.parametrize("text", ["cannot mount it", "", "x" * 5000])
 def test_report(program: Path, text: str) -> None:
     ours, theirs = socket.socketpair()
@@ -694,78 +757,24 @@ def test_report(program: Path, text: str) -> None:
 # --- A host that breaks the protocol ---------------------------------------------------------------------------------
 
 
-class Frame(NamedTuple):
-    kind: int
-    stream: int
-    payload: bytes
-
-
-def frame(kind: int, stream: int, payload: bytes = b"", *, reserved: int = 0, length: int | None = None) -> bytes:
-    header = struct.pack(
-        "<B3sII", kind, reserved.to_bytes(3, "little"), stream, len(payload) if length is None else length
-    )
-    return header + payload
-
-
-def fields(*items: tuple[Tag, bytes]) -> bytes:
-    return encode_record(items)
-
-
-def parse(data: bytes, *, whole: bool) -> list[Frame]:
-    """The frames of the agent. It may stop within one only if the host is gone."""
-    found = []
-    while len(data) >= HEADER.size:
-        kind, zero8, zero16, stream, length = HEADER.unpack_from(data)
-        assert not zero8
-        assert not zero16
-        assert length <= (MAX_DATA if kind in {FrameType.STDOUT, FrameType.STDERR} else MAX_CONTROL)
-        if len(data) - HEADER.size < length:
-            break
-        found.append(Frame(FrameType(kind), stream, data[HEADER.size : HEADER.size + length]))
-        data = data[HEADER.size + length :]
-    assert not (whole and data)
-    return found
-
-
-def converse(program: Path, data: bytes) -> tuple[int, list[Frame]]:
-    """Says `data` to a new agent and nothing more; returns how it ended and what it said."""
-    with Agent(program) as agent:
-        try:
-            agent.port.sendall(data)
-            agent.port.shutdown(socket.SHUT_WR)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it has heard enough
-        said = drain(agent.port)
-        status = agent.ended()
-    frames = parse(said, whole=status == BROKEN)
-    assert status in {CLEAN, BROKEN}
-    assert frames[0].kind == FrameType.HELLO
-    last = frames[-1]
-    if status == BROKEN:
-        assert (last.kind, last.stream) == (FrameType.ERROR, 0)
-        record = dict(decode_record(last.payload))
-        assert record[Tag.ERRNO] == U32.pack(errno.EPROTO)
-        assert record[Tag.STAGE] == b"protocol"
-    else:
-        assert not any(each.stream == 0 for each in frames[1:])
-    return status, frames
-
-
-def exec_frame(*argv: bytes, stream: int = 1) -> bytes:
-    return frame(FrameType.EXEC, stream, encode_exec(config.Command(argv, user=OWN_USER)))
-
-
 SLEEP = exec_frame(b"/bin/sleep", b"600")
 TRUE = (Tag.ARG, b"/bin/true")
 VERSION_1 = (Tag.VERSION, U32.pack(1))
 FROM_HOST = {
     FrameType.EXEC: fields(TRUE),
     FrameType.STDIN: b"x",
-    FrameType.STDIN_EOF: b"",
+    FrameType.EOF: b"\0",
     FrameType.WINDOW: CREDIT.pack(1, 0),
     FrameType.SIGNAL: b"\x0f\0",
+    FrameType.RESIZE: WINSIZE.pack(24, 80),
+    FrameType.CONNECT: fields((Tag.ADDRESS, b"unix:/no/such")),
+    FrameType.LISTEN: fields((Tag.ADDRESS, b"unix:/no/such/socket")),
 }
 """A good frame's payload for each type that concerns a stream."""
+
+LIMITS = {FrameType.EXEC: MAX_EXEC, FrameType.STDIN: MAX_DATA}
+OPENING = (FrameType.EXEC, FrameType.CONNECT, FrameType.LISTEN)
+LISTENING = frame(FrameType.LISTEN, 1, fields((Tag.ADDRESS, b"tcp:127.0.0.1:0")))
 
 BROKEN_SESSIONS = {
     "hello with another version": frame(FrameType.HELLO, 0, fields((Tag.VERSION, U32.pack(2)))),
@@ -781,7 +790,17 @@ BROKEN_SESSIONS = {
     **{f"{kind.name} on stream 0": HELLO + frame(kind, 0, payload) for kind, payload in FROM_HOST.items()},
     **{
         f"type {kind}": HELLO + SLEEP + frame(kind, 1)
-        for kind in (0, FrameType.ERROR, FrameType.STDOUT, FrameType.STDERR, FrameType.EXIT, 12, 255)
+        for kind in (
+            0,
+            FrameType.ERROR,
+            FrameType.STDOUT,
+            FrameType.STDERR,
+            FrameType.EXIT,
+            FrameType.OPENED,
+            FrameType.ACCEPTED,
+            17,
+            255,
+        )
     },
     **{
         f"reserved {reserved:#08x}": HELLO + frame(FrameType.EXEC, 1, fields(TRUE), reserved=reserved)
@@ -789,14 +808,33 @@ BROKEN_SESSIONS = {
     },
     **{
         f"{kind.name} of {length} bytes": HELLO + frame(kind, 1, length=length)
-        for kind, limit in {
-            FrameType.EXEC: MAX_EXEC,
-            FrameType.STDIN: MAX_DATA,
-            **dict.fromkeys((FrameType.STDIN_EOF, FrameType.WINDOW, FrameType.SIGNAL, FrameType.SHUTDOWN), MAX_CONTROL),
-        }.items()
-        for length in (limit + 1, 0x7FFFFFFF, 0xFFFFFFFF)
+        for kind in (*FROM_HOST, FrameType.SHUTDOWN)
+        for length in (LIMITS.get(kind, MAX_CONTROL) + 1, 0x7FFFFFFF, 0xFFFFFFFF)
     },
-    "exec of a command that runs": HELLO + SLEEP + SLEEP,
+    **{f"{kind.name} of a stream that is open": HELLO + SLEEP + frame(kind, 1, FROM_HOST[kind]) for kind in OPENING},
+    **{
+        f"{kind.name} with a number of the guest's": HELLO + frame(kind, FROM_GUEST | 1, FROM_HOST[kind])
+        for kind in OPENING
+    },
+    **{
+        f"{kind.name} {what}": HELLO + frame(kind, 1, payload)
+        for kind in (FrameType.CONNECT, FrameType.LISTEN)
+        for what, payload in {
+            "without an address": fields(TRUE),
+            "without a payload": b"",
+            "that is no record": FROM_HOST[kind] + b"\0",
+        }.items()
+    },
+    **{
+        f"{kind.name} to a listener": HELLO + LISTENING + frame(kind, 1, FROM_HOST[kind])
+        for kind in (FrameType.STDIN, FrameType.EOF)
+    },
+    **{
+        f"exec with {tag.name} of {length} bytes": HELLO + frame(FrameType.EXEC, 1, fields(TRUE, (tag, bytes(length))))
+        for tag in (Tag.FLAGS, Tag.WINSIZE)
+        for length in (0, 3, 5)
+    },
+    **{f"resize of {length} bytes": HELLO + SLEEP + frame(FrameType.RESIZE, 1, bytes(length)) for length in (0, 3, 5)},
     "exec without a payload": HELLO + frame(FrameType.EXEC, 1),
     "exec without arguments": HELLO + frame(FrameType.EXEC, 1, fields((Tag.ENV, b"A=B"), (Tag.CWD, b"/"))),
     **{
@@ -820,8 +858,11 @@ BROKEN_SESSIONS = {
     + frame(FrameType.STDIN, 1, bytes(MAX_DATA)) * 5
     + frame(FrameType.STDIN, 1, b"x"),
     "empty stdin": HELLO + SLEEP + frame(FrameType.STDIN, 1),
-    "stdin after its end": HELLO + SLEEP + frame(FrameType.STDIN_EOF, 1) + frame(FrameType.STDIN, 1, b"x"),
-    "end of stdin with a payload": HELLO + SLEEP + frame(FrameType.STDIN_EOF, 1, b"x"),
+    "stdin after its end": HELLO + SLEEP + frame(FrameType.EOF, 1, b"\0") + frame(FrameType.STDIN, 1, b"x"),
+    **{
+        f"end of channel {payload.hex()}": HELLO + SLEEP + frame(FrameType.EOF, 1, payload)
+        for payload in (b"", b"\3", b"\xff", b"\0\0")
+    },
     **{
         f"window {payload.hex()}": HELLO + SLEEP + frame(FrameType.WINDOW, 1, payload)
         for payload in (
@@ -848,7 +889,7 @@ def test_broken_protocol(program: Path, data: bytes) -> None:
     assert status == BROKEN
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FROM_HOST if kind is not FrameType.EXEC])
+@pytest.mark.parametrize("kind", [kind for kind in FROM_HOST if kind not in OPENING])
 def test_frame_for_a_command_that_has_ended_is_ignored(agent: Agent, kind: FrameType) -> None:
     agent.run("true")
     agent.port.sendall(frame(kind, 1, FROM_HOST[kind]))
@@ -871,7 +912,7 @@ def test_frame_sizes_around_the_buffer_s(agent: Agent, size: int) -> None:
 
 def test_frames_that_come_byte_by_byte(agent: Agent) -> None:
     command = agent.start("cat", stdin=b"slowly")
-    agent._feed(command)
+    agent.feed(command)
     for byte in bytes(agent.connection.outgoing):
         agent.port.sendall(bytes([byte]))
     agent.connection.outgoing.clear()
@@ -881,7 +922,7 @@ def test_frames_that_come_byte_by_byte(agent: Agent) -> None:
 
 # --- Fuzzing. Whatever is generated, the only program that there is to run is /bin/true. ------------------------------
 
-streams = st.sampled_from([1, 1, 1, 2, 3, 0, 0xFFFFFFFF])
+streams = st.sampled_from([1, 1, 1, 2, 3, 4, 0, FROM_GUEST | 1, 0xFFFFFFFF])
 lengths_off = st.sampled_from([0] * 12 + [-1, 1, 8, -8, 0xFFFF])
 harmless = st.sampled_from(
     [b"/bin/true", b"/", b"", b"a=b", b"HOME=", b"PATH=", b"1", b"nobody:nogroup", b"\0", b"x" * 300]
@@ -892,11 +933,19 @@ harmless = st.sampled_from(
 def exec_payloads(draw: st.DrawFn) -> bytes:
     payload = bytearray(fields(TRUE))
     for _ in range(draw(st.integers(0, 4))):
-        tag = draw(st.sampled_from([Tag.ARG, Tag.ENV, Tag.CWD, Tag.USER, Tag.FLAGS, 0, 999]))
-        value = draw(harmless)
+        tag = draw(st.sampled_from([Tag.ARG, Tag.ENV, Tag.CWD, Tag.USER, Tag.FLAGS, Tag.WINSIZE, 0, 999]))
+        value = draw(st.builds(U32.pack, st.integers(0, 16)) if tag in {Tag.FLAGS, Tag.WINSIZE} else harmless)
         zero = draw(st.sampled_from([0] * 12 + [1]))
         payload += FIELD.pack(tag, zero, max(0, len(value) + draw(lengths_off))) + value
     return bytes(payload)
+
+
+@st.composite
+def address_payloads(draw: st.DrawFn) -> bytes:
+    address = draw(
+        st.sampled_from([b"tcp:127.0.0.1:0", b"tcp:[::1]:0", b"unix:/no/such/socket", b"vsock:any:", b"", b":"])
+    )
+    return fields((Tag.ADDRESS, address), *draw(st.sampled_from([(), (TRUE,), ((Tag.ADDRESS, b"\0"),)])))
 
 
 @st.composite
@@ -909,6 +958,10 @@ def frames_of_a_host(draw: st.DrawFn) -> bytes:
         FrameType.SIGNAL: st.builds(
             lambda number, flags: bytes([number, flags]), st.integers(0, 66), st.integers(0, 3)
         ),
+        FrameType.EOF: st.builds(lambda channel: bytes([channel]), st.integers(0, 3)),
+        FrameType.RESIZE: st.just(WINSIZE.pack(1, 2)),
+        FrameType.CONNECT: address_payloads(),
+        FrameType.LISTEN: address_payloads(),
         FrameType.HELLO: st.just(fields(VERSION_1)),
     }
     payload = draw(payloads.get(kind, st.sampled_from([b"", b"", b"", b"x"])))

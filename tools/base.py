@@ -1,4 +1,4 @@
-"""The built-in root filesystem, `builtin://base`: Debian's busybox-static with all its applets, as a squashfs image."""
+"""The built-in root filesystem, `builtin://base`: Debian's busybox-static and our own programs, as a squashfs image."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from . import initramfs
 from .artifacts import BuildError, artifact, package_version, scratch
 
 BUSYBOX = Path("/bin/busybox")
@@ -36,11 +37,13 @@ def build(arch: str) -> Path:
     """
     if shutil.which("mksquashfs") is None:
         raise BuildError("mksquashfs is missing: apt-get install squashfs-tools")
+    helpers = {name: initramfs.build_program(arch, name) for name in initramfs.HELPERS}
     facts = {"busybox": package_version(PACKAGE), "arch": arch, "recipe": Path(__file__).read_text()}
-    return artifact("base.squashfs", facts, lambda output: _build(arch, output))
+    facts |= {name: str(path) for name, path in helpers.items()}
+    return artifact("base.squashfs", facts, lambda output: _build(arch, helpers, output))
 
 
-def _build(arch: str, output: Path) -> None:
+def _build(arch: str, helpers: dict[str, Path], output: Path) -> None:
     with scratch(output) as directory:
         package = Path("/") if arch == platform.machine() else _foreign_package(arch, directory / "package")
         root = directory / "root"
@@ -58,6 +61,10 @@ def _build(arch: str, output: Path) -> None:
             if Path("/", applet) != BUSYBOX:
                 (root / applet).symlink_to(BUSYBOX)
         shutil.copy(package / BUSYBOX.relative_to("/"), root / BUSYBOX.relative_to("/"))
+        for name, program in helpers.items():
+            target = root / "usr/local/bin" / name
+            shutil.copyfile(program, target)
+            target.chmod(0o755)
         subprocess.run(["mksquashfs", root, output, *MKSQUASHFS], check=True)
 
 

@@ -1,4 +1,4 @@
-"""The guest's initramfs: one static program and a console node in an uncompressed newc cpio.
+"""The guest's static programs, and its initramfs: they and a console node in an uncompressed newc cpio.
 
 The format is the kernel's Documentation/driver-api/early-userspace/buffer-format.rst ("newc").
 """
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from .artifacts import artifact, scratch
+from .artifacts import artifact
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "guest"
-PROGRAM = ("init.c", "agent.c")
-HEADERS = ("agent.h",)
+HELPERS = {"vsock-send": ("vsock_send.c", "vsock.c"), "vsock-runner": ("vsock_runner.c", "vsock.c")}
+"""Programs for the workload, and what they are made from. All other C files are `init`, PID 1."""
 COMPILER_FLAGS = ("-static", "-Os", "-s", "-std=gnu11", "-Wall", "-Wextra", "-Werror")
 
 
@@ -44,33 +44,39 @@ def newc(entries: Iterable[Entry]) -> bytes:
     return bytes(archive) + bytes(-len(archive) % 512)
 
 
-def compile_init(arch: str, output: Path) -> None:
-    """Builds the guest's program for `arch` with the compiler that we use for every target.
+def programs() -> dict[str, tuple[str, ...]]:
+    """The guest's programs and their C files."""
+    helpers = {name for names in HELPERS.values() for name in names}
+    return {"init": tuple(sorted(path.name for path in SOURCES.glob("*.c") if path.name not in helpers)), **HELPERS}
+
+
+def build_program(arch: str, name: str) -> Path:
+    """One of the guest's programs for `arch`, built unless it is in the cache."""
+    sources = programs()[name]
+    made_of = [SOURCES / source for source in sources] + sorted(SOURCES.glob("*.h"))
+    facts = {path.name: path.read_text() for path in made_of}
+    facts |= {"arch": arch, "compiler": version("ziglang"), "flags": " ".join(COMPILER_FLAGS)}
+    return artifact(name, facts, lambda output: _compile(arch, sources, output))
+
+
+def _compile(arch: str, sources: tuple[str, ...], output: Path) -> None:
+    """With the compiler that we use for every target.
 
     Raises:
         subprocess.CalledProcessError: the compiler refused; it has printed why.
     """
-    sources = [str(SOURCES / name) for name in PROGRAM]
     command = [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-musl", *COMPILER_FLAGS]
-    subprocess.run([*command, *sources, "-o", str(output)], check=True)
+    subprocess.run([*command, *[str(SOURCES / source) for source in sources], "-o", str(output)], check=True)
 
 
 def build(arch: str) -> Path:
     """The initramfs for `arch`, built unless it is in the cache."""
-    made_of = [SOURCES / name for name in (*PROGRAM, *HEADERS)] + [Path(__file__)]
-    facts = {path.name: path.read_text() for path in made_of} | {"arch": arch, "compiler": version("ziglang")}
-    return artifact("initramfs.cpio", facts, lambda output: _build(arch, output))
+    built = {name: build_program(arch, name) for name in programs()}
+    facts = {name: str(path) for name, path in built.items()} | {"recipe": Path(__file__).read_text()}
+    return artifact("initramfs.cpio", facts, lambda output: _pack(built, output))
 
 
-def _build(arch: str, output: Path) -> None:
-    with scratch(output) as directory:
-        program = directory / "init"
-        compile_init(arch, program)
-        print(f"init for {arch}: {program.stat().st_size:,} bytes", file=sys.stderr)
-        init = program.read_bytes()
-    entries = [
-        Entry("dev", stat.S_IFDIR | 0o755),
-        Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
-        Entry("init", stat.S_IFREG | 0o755, init),
-    ]
+def _pack(built: dict[str, Path], output: Path) -> None:
+    entries = [Entry("dev", stat.S_IFDIR | 0o755), Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))]
+    entries += [Entry(name, stat.S_IFREG | 0o755, path.read_bytes()) for name, path in built.items()]
     output.write_bytes(newc(entries))

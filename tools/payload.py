@@ -1,6 +1,7 @@
 """Builds what runs in the guest and puts it into the package: `python -m tools.payload [ARCH]`.
 
-The kernel, the initramfs with the agent, and the built-in root filesystem go to `vmette/_payload/ARCH`.
+The kernel, the initramfs with the agent, the built-in root filesystem, and the programs that a provider can put into
+other root filesystems go to `vmette/_payload/ARCH`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ vmlinux, Image   Linux, GPL-2.0 (https://www.kernel.org). Built from Debian's so
                  configuration in csrc/guest/ of vmette's source, by tools/kernel.py there.
 base.squashfs    BusyBox, GPL-2.0 (https://busybox.net), as Debian's binary package {busybox} has it.
                  Its notices are in the image, /usr/share/doc/busybox-static/copyright.
-initramfs.cpio   vmette's own guest agent, MIT, with the musl C library, MIT (https://musl.libc.org).
+initramfs.cpio, vsock-send, vsock-runner
+                 vmette's own programs for the guest, MIT, with the musl C library, MIT (https://musl.libc.org).
 
 The sources of the two GPL programs are in the Debian archive, at https://snapshot.debian.org, under these versions.
 """
@@ -40,7 +42,8 @@ def build(arch: str) -> None:
     """
     directory = PAYLOAD / arch
     directory.mkdir(parents=True, exist_ok=True)
-    for path in (kernel.build(arch), initramfs.build(arch), base.build(arch)):
+    helpers = [initramfs.build_program(arch, name) for name in initramfs.HELPERS]
+    for path in (kernel.build(arch), initramfs.build(arch), base.build(arch), *helpers):
         _install(path, directory / path.name)
     packages = {"kernel": kernel.PACKAGE, "busybox": base.PACKAGE}
     notice = NOTICE.format(**{what: f"{package} {package_version(package)}" for what, package in packages.items()})

@@ -1,4 +1,4 @@
-"""Where things are: the guest payload that came with vmette, and the user's cache directory."""
+"""Where things are: the guest payload that came with vmette, and the user's directories."""
 
 from __future__ import annotations
 
@@ -45,6 +45,20 @@ def cache_root() -> Path:
     found = _xdg("XDG_CACHE_HOME", ".cache")
     if found is None:
         raise ConfigError("this user has no home directory; set VMETTE_CACHE_DIR")
+    return found
+
+
+def state_root() -> Path:
+    """$VMETTE_STATE_DIR, or `vmette` in the user's directory for state. Not made here.
+
+    Raises:
+        ConfigError: this user has no home directory.
+    """
+    if explicit := os.environ.get("VMETTE_STATE_DIR"):
+        return Path(explicit)
+    found = _xdg("XDG_STATE_HOME", ".local/state")
+    if found is None:
+        raise ConfigError("this user has no home directory; set VMETTE_STATE_DIR")
     return found
 
 

@@ -6,7 +6,8 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 from . import assets
@@ -18,9 +19,24 @@ MAX_VCPUS = 16
 """CONFIG_NR_CPUS of the guest kernel."""
 MIN_MEM_MIB, MAX_MEM_MIB = 64, 1 << 20
 MAX_SHARES = 16
-TAG_BYTES = 36
-"""The tag field of a virtio-fs device (virtio 1.2, 5.11.4)."""
+MAX_DISKS = 8
+SECTOR = 512
+"""Bytes: what the size of a virtio disk is counted in (virtio 1.2, 5.2.4)."""
+MIN_SCRATCH_MIB, MAX_SCRATCH_MIB = 16, 16 << 20
+"""ext4 with block numbers of 32 bits ends at 16 TiB."""
+MIN_PIDS, MAX_PIDS = 1, 1 << 22
+"""The kernel's PID_MAX_LIMIT (include/linux/threads.h)."""
+MIN_NOFILE, MAX_NOFILE = 16, 1 << 20
+"""The kernel's default for fs.nr_open (fs/file.c) is the most that anybody can have."""
+FIRST_CID, LAST_CID = 3, (1 << 32) - 2
+"""Context ids that a guest can have (vsock(7))."""
+HOSTNAME_BYTES = 64
+"""HOST_NAME_MAX of Linux."""
+TAG_BYTES = 35
+"""The tag field of a virtio-fs device has 36 (virtio 1.2, 5.11.4); Virtualization.framework wants fewer than that."""
 ROOT_TAG = "rootfs"
+KERNEL_DIRECTORIES = ("/proc", "/sys", "/dev")
+"""Of the guest, and nobody else's."""
 CMDLINE_BYTES = 2047
 """COMMAND_LINE_SIZE of both architectures, less the final NUL (arm64's is the smaller one)."""
 
@@ -31,46 +47,152 @@ SIGNALS = (
 )
 """Linux's signals on x86 and Arm from number 1 on (signal(7))."""
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOSTNAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+"""RFC 1123, 2.1."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A directory of the host at /mnt/`tag` in the guest.
+    """A directory of the host in the guest, at `target` or else at /mnt/`tag`.
 
     Raises:
-        ConfigError: the tag cannot be used, or the path is no directory.
+        ConfigError: the tag or the target cannot be used, or the path is no directory.
     """
 
     tag: str
+    """Names the device. With a target it may be empty: then the machine finds one."""
     path: Path
     read_only: bool = False
+    target: str | None = None
+    """An absolute path of the guest, which is made if it is missing."""
 
     def __post_init__(self) -> None:
-        if not _TAG.fullmatch(self.tag):
-            raise ConfigError(f"share tag {self.tag!r} is malformed: letters, digits, '.', '_' and '-' only")
-        if len(self.tag) > TAG_BYTES:
-            raise ConfigError(f"share tag {self.tag!r} is too long: at most {TAG_BYTES} characters")
-        if self.tag == ROOT_TAG or self.tag.startswith("vmette"):
-            raise ConfigError(f"share tag {self.tag!r} is reserved; choose another name")
-        try:
-            is_directory = stat.S_ISDIR(self.path.stat().st_mode)
-        except FileNotFoundError:
-            raise ConfigError(f"share {self.tag}: {self.path} does not exist") from None
-        except (OSError, ValueError) as error:  # ValueError: a NUL in it
-            raise ConfigError(f"share {self.tag}: {self.path}: {reason(error)}") from error
-        if not is_directory:
-            raise ConfigError(f"share {self.tag}: {self.path} is not a directory")
+        if self.target is not None:
+            _check_target(self.target)
+        if self.tag or self.target is None:
+            _check_tag(self.tag)
+        _check_directory(f"share {self.tag}" if self.tag else f"volume {self.target}", self.path)
 
     @classmethod
     def parse(cls, text: str) -> Share:
         """Reads `TAG=PATH[:ro]` as the command line has it (`:rw`, the default, may be said too)."""
-        tag, _, path = text.partition("=")
-        read_only = path.endswith(":ro")
-        if read_only or path.endswith(":rw"):
-            path = path[:-3]
+        tag, _, rest = text.partition("=")
+        path, read_only = _split_access(rest)
         if not path:  # which Path would take for "."
             raise ConfigError(f"share {text!r} is malformed: it is TAG=PATH or TAG=PATH:ro")
         return cls(tag, Path(path), read_only)
+
+    @classmethod
+    def volume(cls, text: str) -> Share:
+        """Reads `HOST:GUEST[:ro]` as container engines have it: a directory of the host, its place in the guest."""
+        paths, read_only = _split_access(text)
+        path, separator, target = paths.rpartition(":/")
+        if not path or not separator:
+            raise ConfigError(
+                f"volume {text!r} is malformed: it is HOST:GUEST or HOST:GUEST:ro, GUEST an absolute path"
+            )
+        return cls("", Path(path), read_only, f"/{target}")
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A raw image, or a block device of the host, as a disk of the guest.
+
+    Disks are /dev/vdb, /dev/vdc, … in their order, or begin at /dev/vda if the root is no disk itself.
+
+    Raises:
+        ConfigError: the path is neither, cannot be opened, or has no size that a disk can have.
+    """
+
+    path: Path
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            mode = self.path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):  # to open a FIFO would be to wait
+                raise ConfigError(f"disk {self.path} is neither a regular file nor a block device")
+            fd = os.open(self.path, os.O_RDONLY if self.read_only else os.O_RDWR)
+            try:
+                size = os.lseek(fd, 0, os.SEEK_END)
+            finally:
+                os.close(fd)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in it
+            raise ConfigError(f"disk {self.path}: {reason(error)}") from error
+        if size == 0 or size % SECTOR:
+            raise ConfigError(f"disk {self.path} has {size} bytes; a raw image has a multiple of {SECTOR}")
+
+    @classmethod
+    def parse(cls, text: str) -> Disk:
+        """Reads `PATH[:ro]` as the command line has it (`:rw`, the default, may be said too)."""
+        path, read_only = _split_access(text)
+        if not path:  # which Path would take for "."
+            raise ConfigError(f"disk {text!r} is malformed: it is PATH or PATH:ro")
+        return cls(Path(path), read_only)
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a block device of the host."""
+        return stat.S_ISBLK(self.path.stat().st_mode)
+
+
+def scratch_size(text: str) -> int:
+    """MiB of a scratch disk as the command line has it: `8G`, `512M`, or a number of MiB.
+
+    Raises:
+        ConfigError: it is none of these, or too small or too large.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})([GM]?)", text)
+    if match is None:
+        raise ConfigError(f"scratch size {text!r} is malformed: it is like 8G, 512M or 64 (MiB)")
+    return _check_range(
+        int(match[1]) << (10 if match[2] == "G" else 0), "MiB of scratch", MIN_SCRATCH_MIB, MAX_SCRATCH_MIB
+    )
+
+
+def _split_access(text: str) -> tuple[str, bool]:
+    """What comes before a final `:ro` or `:rw`, and whether it is `:ro`."""
+    read_only = text.endswith(":ro")
+    return (text[:-3] if read_only or text.endswith(":rw") else text), read_only
+
+
+def _check_tag(tag: str) -> None:
+    if not _TAG.fullmatch(tag):
+        raise ConfigError(f"share tag {tag!r} is malformed: letters, digits, '.', '_' and '-' only")
+    if len(tag) > TAG_BYTES:
+        raise ConfigError(f"share tag {tag!r} is too long: at most {TAG_BYTES} characters")
+    if tag == ROOT_TAG or tag.startswith("vmette"):
+        raise ConfigError(f"share tag {tag!r} is reserved; choose another name")
+
+
+def _check_target(target: str) -> None:
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    if not target.startswith("/") or ".." in parts or "\0" in target:
+        raise ConfigError(f"volume {target!r}: the place in the guest is an absolute path without '..'")
+    try:
+        os.fsencode(target)
+    except UnicodeEncodeError:
+        raise ConfigError(f"volume {target!r}: the place in the guest is no text") from None
+    if not parts or f"/{parts[0]}" in KERNEL_DIRECTORIES:
+        raise ConfigError(f"volume {target!r}: that place is the guest's own; choose another one")
+
+
+def _check_directory(what: str, path: Path) -> None:
+    try:
+        is_directory = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        raise ConfigError(f"{what}: {path} does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        raise ConfigError(f"{what}: {path}: {reason(error)}") from error
+    if not is_directory:
+        raise ConfigError(f"{what}: {path} is not a directory")
+
+
+def _check_range(value: int, what: str, least: int, most: int) -> int:
+    if not least <= value <= most:
+        raise ConfigError(f"{value} {what}: there can be {least} to {most}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -177,8 +299,22 @@ class MachineConfig:
     root: Artifact | None
     """None boots to the point where the guest says that it has no root: the probe for an accelerator does."""
     shares: tuple[Share, ...] = ()
+    disks: tuple[Disk, ...] = ()
+    scratch_mib: int | None = None
+    """MiB of a disk that lives as long as the VM, in place of memory, for what is written to the root and to /tmp."""
+    network: bool = False
+    """A network card, and through it the networks that the host is in; without it there is none."""
+    vsock_cid: int | None = None
+    """The context id of a vsock device, which leads to the host (see `vmette.vmm.qemu.open_vsock`)."""
+    guest_helpers: bool = False
+    """vsock-send and vsock-runner in /usr/local/bin of the guest, whatever its root is."""
     vcpus: int = 1
     mem_mib: int = 512
+    pids: int | None = None
+    """The most processes and threads of all commands together; None is what suits the memory, at most 4,096."""
+    nofile: int | None = None
+    """The most files that a process of a command may have open; None is 1,024, which it can raise to 4,096."""
+    hostname: str = "vmette"
     root_read_only: bool = False
     kernel: Path | None = None
     initramfs: Path | None = None
@@ -189,14 +325,30 @@ class MachineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arch", assets.canonical_arch(self.arch))
-        if not 1 <= self.vcpus <= MAX_VCPUS:
-            raise ConfigError(f"{self.vcpus} vcpus: there can be 1 to {MAX_VCPUS}")
+        _check_range(self.vcpus, "vcpus", 1, MAX_VCPUS)
         if not MIN_MEM_MIB <= self.mem_mib <= MAX_MEM_MIB:
             raise ConfigError(f"{self.mem_mib} MiB of memory: it can be {MIN_MEM_MIB} to {MAX_MEM_MIB}")
         if self.accel not in ACCELERATORS:
             raise ConfigError(f"accelerator {self.accel!r} is not known; there are {', '.join(ACCELERATORS)}")
         if len(self.shares) > MAX_SHARES:
             raise ConfigError(f"{len(self.shares)} shares: there can be at most {MAX_SHARES}")
+        if len(self.disks) > MAX_DISKS:
+            raise ConfigError(f"{len(self.disks)} disks: there can be at most {MAX_DISKS}")
+        if self.scratch_mib is not None:
+            _check_range(self.scratch_mib, "MiB of scratch", MIN_SCRATCH_MIB, MAX_SCRATCH_MIB)
+            if self.root_read_only:
+                raise ConfigError("a scratch disk is for writing to the root filesystem, which is to be read-only")
+        if self.vsock_cid is not None and not FIRST_CID <= self.vsock_cid <= LAST_CID:
+            raise ConfigError(f"vsock CID {self.vsock_cid}: a guest can have {FIRST_CID} to {LAST_CID}")
+        if self.pids is not None:
+            _check_range(self.pids, "processes", MIN_PIDS, MAX_PIDS)
+        if self.nofile is not None:
+            _check_range(self.nofile, "open files", MIN_NOFILE, MAX_NOFILE)
+        if not _HOSTNAME.fullmatch(self.hostname) or len(self.hostname) > HOSTNAME_BYTES:
+            raise ConfigError(
+                f"{self.hostname!r} is no host name: letters, digits, '-' and '.', at most {HOSTNAME_BYTES}"
+            )
+        object.__setattr__(self, "shares", _named(self.shares))
         tags = [share.tag for share in self.shares]
         for tag in tags:
             if tags.count(tag) > 1:
@@ -221,6 +373,13 @@ class MachineConfig:
         """The initramfs that is booted."""
         assert self.initramfs is not None
         return self.initramfs
+
+
+def _named(shares: tuple[Share, ...]) -> tuple[Share, ...]:
+    """`shares`, with tags for those that have none."""
+    taken = {share.tag for share in shares}
+    free = (tag for tag in map("volume{}".format, count()) if tag not in taken)
+    return tuple(share if share.tag else replace(share, tag=next(free)) for share in shares)
 
 
 def _read_start(path: Path, what: str) -> bytes:

@@ -186,15 +186,24 @@ class Guest:
     # --- streams
 
     def exec(
-        self, command: Command, stdin: Source, stdout: Sink, stderr: Sink, finished: Callable[[Ending], None]
+        self,
+        command: Command,
+        stdin: Source,
+        stdout: Sink,
+        stderr: Sink,
+        finished: Callable[[Ending], None],
+        opened: Callable[[], None] | None = None,
     ) -> Stream:
-        """Starts `command`. `finished` is called when it has ended and its output was passed on."""
+        """Starts `command`. `finished` is called when it has ended and its output was passed on.
+
+        Before, `opened` is called when it has started, if it could be.
+        """
         if (slept := _seconds_slept()) > self._slept + 1:  # the guest slept too, and does not know it
             self._slept = slept
             self.exec(clock_command(), BytesSource(b""), Discard(), Discard(), lambda _: None)
-        number = self._connection.exec(command)
+        number = self._connection.exec(command, announced=opened is not None)
         sinks = {Channel.STDOUT: stdout, Channel.STDERR: stderr}
-        return self._streams.setdefault(number, Stream(number, stdin, sinks, finished))
+        return self._streams.setdefault(number, Stream(number, stdin, sinks, finished, opened))
 
     def connect(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import assets
-from .config import Command, MachineConfig, Share
+from .config import Command, Disk, MachineConfig, Share, scratch_size
 from .locks import held
 from .providers.base import Context, ImageConfig, Progress
 from .timings import Stopwatch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .providers.registry import Registry
     from .services import Services
 
-SERVICES = ("secrets", "ca_certs", "allow_hosts", "publish")
+SERVICES = ("secrets", "secrets_user", "ca_certs", "allow_hosts", "publish", "vsock_port", "guest_vsock_port")
 """The options that are given over the control channel: see :mod:`vmette.services`."""
 
 
@@ -49,7 +49,27 @@ class MachineOptions(RootfsOptions, total=False):
     """All that can be said of a machine."""
 
     shares: Iterable[Share]
-    """Directories of the host at /mnt/TAG."""
+    """Directories of the host in the guest: at /mnt/TAG, or where they say."""
+    disks: Iterable[Disk]
+    """Raw images and block devices of the host as disks of the guest."""
+    scratch: int | str | None
+    """The size of a disk for all that is written, which otherwise is in memory: MiB, or `512M`, `8G`. It goes with the
+    VM."""
+    net: bool
+    """A network card behind NAT: the guest reaches what this computer reaches."""
+    hostname: str
+    """The guest's; `vmette` by default."""
+    vsock: bool
+    """vsock ports: :attr:`vmette.Sandbox.vsock`, and `vsock-send` and `vsock-runner` in the guest."""
+    vsock_port: int
+    """A vsock port where each line that the guest sends is logged, and sent back; 0 is one of 50,000 to 59,999. The
+    guest finds it in VMETTE_VSOCK_PORT. Implies `vsock`."""
+    guest_vsock_port: int
+    """Is told the guest in VMETTE_GUEST_VSOCK_PORT: where it is to listen."""
+    pids: int | None
+    """The most processes and threads of all commands together."""
+    nofile: int | None
+    """The most files that a process may have open."""
     vcpus: int
     """Virtual processors; 1 by default."""
     mem_mib: int
@@ -62,6 +82,8 @@ class MachineOptions(RootfsOptions, total=False):
     """Another initramfs."""
     secrets: Mapping[str, str | bytes]
     """What only the image's user can read, in files of the guest's memory: /run/secrets/NAME."""
+    secrets_user: str | None
+    """Who can read them, in place of the image's user."""
     ca_certs: str | os.PathLike[str] | None
     """A directory of PEM certificates that the guest is to trust; by default what VMETTE_CA_CERTS names, or
     ~/.config/vmette/certs if that is there."""
@@ -108,6 +130,8 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
     from .providers.registry import default_registry
 
     options = options.copy()
+    if "vsock_port" in options or "guest_vsock_port" in options:
+        options["vsock"] = True
     cancelled = options.pop("cancelled", None)
     arch = assets.canonical_arch(given) if (given := options.pop("arch", None)) else assets.host_arch()
     context = Context(
@@ -121,41 +145,73 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
         cancelled=cancelled or (lambda: False),
     )
     registry = options.pop("registry", None) or default_registry()
-    services = {name: options.pop(name) for name in SERVICES if name in options}  # type: ignore[misc]
-    fields: dict[str, Any] = dict(options)  # of MachineConfig, which takes no others
-    for name in ("kernel", "initramfs"):
-        if fields.get(name) is not None:
-            fields[name] = Path(fields[name])
-    if "shares" in fields:
-        fields["shares"] = tuple(fields["shares"])
-    if "rootfs_ro" in fields:
-        fields["root_read_only"] = fields.pop("rootfs_ro")
-    config = MachineConfig(None, arch=arch, **fields)  # what is wrong with it is said before anything is fetched
+    # What is wrong with these is said before anything is fetched.
+    services = _services(**{name: options.pop(name) for name in SERVICES if name in options})  # type: ignore[misc]
+    config = _config(arch, **options)  # type: ignore[misc, arg-type]
     artifact = registry.resolve(os.fspath(rootfs), context)
-    return Machine(replace(config, root=artifact), artifact.config, _services(artifact.config, **services), cancelled)
+    if services is not None and services.secrets_user is None and artifact.config is not None:
+        services = replace(services, secrets_user=artifact.config.user)
+    return Machine(replace(config, root=artifact), artifact.config, services, cancelled)
+
+
+def _config(
+    arch: str,
+    *,
+    rootfs_ro: bool = False,
+    net: bool = False,
+    scratch: int | str | None = None,
+    vsock: bool = False,
+    shares: Iterable[Share] = (),
+    disks: Iterable[Disk] = (),
+    kernel: str | os.PathLike[str] | None = None,
+    initramfs: str | os.PathLike[str] | None = None,
+    **others: Any,
+) -> MachineConfig:
+    """The configuration, but for its root, of the options that are those of the machine itself."""
+    if vsock:
+        from .vmm.qemu import new_vsock_cid
+
+        others |= {"guest_helpers": True, "vsock_cid": new_vsock_cid()}
+    return MachineConfig(
+        None,
+        arch=arch,
+        root_read_only=rootfs_ro,
+        network=net,
+        scratch_mib=scratch_size(scratch) if isinstance(scratch, str) else scratch,
+        shares=tuple(shares),
+        disks=tuple(disks),
+        kernel=None if kernel is None else Path(kernel),
+        initramfs=None if initramfs is None else Path(initramfs),
+        **others,
+    )
 
 
 def _services(
-    image: ImageConfig | None,
+    *,
     secrets: Mapping[str, str | bytes] | None = None,
+    secrets_user: str | None = None,
     ca_certs: str | os.PathLike[str] | None = None,
     allow_hosts: Iterable[str] = (),
     publish: Iterable[str] = (),
+    vsock_port: int | None = None,
+    guest_vsock_port: int | None = None,
 ) -> Services | None:
     """The services of these options; None, which costs nothing, if there are none."""
     ca_certs = ca_certs or os.environ.get("VMETTE_CA_CERTS") or _configured_certs()
     allow_hosts, publish = tuple(allow_hosts), tuple(publish)
-    if not (secrets or ca_certs or allow_hosts or publish):
+    if not (secrets or ca_certs or allow_hosts or publish) and vsock_port is None and guest_vsock_port is None:
         return None
     from .process import encoded
     from .services import Publication, Services, allowed_hosts, read_ca_certs
 
     return Services(
         secrets={name: encoded(value) for name, value in (secrets or {}).items()},
-        secrets_user=(image.user if image else None) or "0",
+        secrets_user=secrets_user,
         ca_certs=read_ca_certs(Path(ca_certs)) if ca_certs else b"",
         allow_hosts=allowed_hosts(allow_hosts),
         publish=tuple(map(Publication.parse, publish)),
+        vsock_port=vsock_port,
+        guest_vsock_port=guest_vsock_port,
     )
 
 
@@ -195,5 +251,5 @@ def booted(
         if machine.services is not None:
             from .services import running
 
-            stack.enter_context(running(guest, machine.services, deadline))
+            stack.enter_context(running(guest, machine.services, config.vsock_cid, deadline))
         yield guest

@@ -105,6 +105,7 @@ class ExecFlag(IntFlag):
     TERMINAL = 1
     BUILTIN = 2
     INIT = 4
+    ANNOUNCED = 8
 
 
 class SignalFlag(IntFlag):
@@ -225,7 +226,7 @@ class Writable:
 
 @dataclass(frozen=True)
 class Opened:
-    """A CONNECT has connected, or a LISTEN listens."""
+    """A CONNECT has connected, a LISTEN listens, or a command that was to be announced has started."""
 
     stream: int
 
@@ -249,14 +250,16 @@ class Ended:
 Event = Hello | Failure | Output | Exited | Writable | Opened | Accepted | Ended
 
 
-def encode_exec(command: Command) -> bytes:
-    """The payload of the EXEC frame for `command`."""
+def encode_exec(command: Command, *, announced: bool = False) -> bytes:
+    """The payload of the EXEC frame for `command`, whose start is to be `announced` or not."""
     fields = [(Tag.ARG, arg) for arg in command.argv] + [(Tag.ENV, entry) for entry in command.env]
     if command.cwd is not None:
         fields.append((Tag.CWD, command.cwd))
     if command.user is not None:
         fields.append((Tag.USER, command.user))
-    flags = ExecFlag.INIT if command.init else ExecFlag(0)
+    flags = ExecFlag.ANNOUNCED if announced else ExecFlag(0)
+    if command.init:
+        flags |= ExecFlag.INIT
     if command.builtin:
         flags |= ExecFlag.BUILTIN
     if command.terminal is not None:
@@ -314,22 +317,22 @@ class Connection:
         """Bytes to be written to the port: delete from its front what has been written."""
         return self._out
 
-    def _open(self, kind: _Kind, frame: FrameType, payload: bytes) -> int:
+    def _open(self, kind: _Kind, frame: FrameType, payload: bytes, *, opened: bool = False) -> int:
         self._last_stream += 1
-        self._streams[self._last_stream] = _Stream(kind, opened=kind is _Kind.COMMAND)
+        self._streams[self._last_stream] = _Stream(kind, opened)
         self._send(frame, self._last_stream, payload)
         return self._last_stream
 
-    def exec(self, command: Command) -> int:
-        """Starts a command and returns its stream number.
+    def exec(self, command: Command, *, announced: bool = False) -> int:
+        """Starts a command and returns its stream number. If it is to be `announced`, :class:`Opened` says that it runs.
 
         Raises:
             ProtocolError: the arguments and environment are larger than the protocol carries (2 MiB).
         """
-        payload = encode_exec(command)
+        payload = encode_exec(command, announced=announced)
         if len(payload) > MAX_EXEC:
             raise ProtocolError("the command's arguments and environment are larger than 2 MiB")
-        return self._open(_Kind.COMMAND, FrameType.EXEC, payload)
+        return self._open(_Kind.COMMAND, FrameType.EXEC, payload, opened=not announced)
 
     def connect(self, address: str) -> int:
         """Has the guest connect to `address` (docs/protocol.md, ADDRESS) and returns the connection's stream number."""

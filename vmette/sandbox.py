@@ -41,7 +41,7 @@ class Session:
 
     def __init__(self, machine: Machine, *, max_lifetime: float | None, idle_timeout: float | None) -> None:
         self.stopwatch = Stopwatch()
-        self.vsock_cid: int | None = getattr(machine.config, "vsock_cid", None)
+        self.vsock_cid = machine.config.vsock_cid
         self._idle_timeout = idle_timeout
         self._busy_until = time.monotonic()
         self._pid = os.getpid()

@@ -9,10 +9,12 @@ import errno
 import logging
 import os
 import re
+import secrets
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,11 @@ PROXY_PORT = 3128
 """Where the guest finds the proxy, on its own loopback: the port that Squid made usual."""
 MAX_CONNECTIONS = 64
 """Open at once, of one published port or of the proxy. One more waits."""
+HOST_CID, ANY_CID = 2, 0xFFFFFFFF
+"""vsock(7)."""
+MAX_LINE = 4096
+MAX_VSOCK_PORT = 0xFFFFFFFE
+RANDOM_VSOCK_PORTS = range(50_000, 60_000)
 MAX_CA_BYTES = 4 << 20
 MAX_SECRET_BYTES = 1 << 20
 SECRET_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -67,13 +74,17 @@ class Services:
 
     secrets: Mapping[str, bytes] = field(default_factory=dict)
     """Files in /run/secrets, by name."""
-    secrets_user: str = "0"
-    """Who can read them."""
+    secrets_user: str | None = None
+    """Who can read them; None is root."""
     ca_certs: bytes = b""
     """PEM certificates that the guest is to trust."""
     allow_hosts: tuple[AllowedHost, ...] = ()
     """What the guest can reach over HTTP(S), through a proxy of this side."""
     publish: tuple[Publication, ...] = ()
+    vsock_port: int | None = None
+    """Where what the guest sends is logged, and sent back."""
+    guest_vsock_port: int | None = None
+    """Where the guest is told to listen."""
 
     def __post_init__(self) -> None:
         for name, value in self.secrets.items():
@@ -81,18 +92,22 @@ class Services:
                 raise ConfigError(f"secret {name!r}: a name is letters, digits, '_', '.' and '-'")
             if len(value) > MAX_SECRET_BYTES:
                 raise ConfigError(f"secret {name!r} is larger than {MAX_SECRET_BYTES} bytes")
-
-    def __bool__(self) -> bool:
-        return bool(self.secrets or self.ca_certs or self.allow_hosts or self.publish)
+        if self.vsock_port == 0:
+            object.__setattr__(self, "vsock_port", secrets.choice(RANDOM_VSOCK_PORTS))
+        for port in (self.vsock_port, self.guest_vsock_port):
+            if port is not None and not 1 <= port <= MAX_VSOCK_PORT:
+                raise ConfigError(f"vsock port {port}: there are 1 to {MAX_VSOCK_PORT}")
 
     @property
     def env(self) -> dict[str, str]:
         """What a command's environment says of them."""
-        if not self.allow_hosts:
-            return {}
-        from .proxy import proxy_environment
+        ports = {"VMETTE_VSOCK_PORT": self.vsock_port, "VMETTE_GUEST_VSOCK_PORT": self.guest_vsock_port}
+        env = {name: str(port) for name, port in ports.items() if port is not None}
+        if self.allow_hosts:
+            from .proxy import proxy_environment
 
-        return proxy_environment(f"http://127.0.0.1:{PROXY_PORT}")
+            env |= proxy_environment(f"http://127.0.0.1:{PROXY_PORT}")
+        return env
 
 
 def allowed_hosts(names: Iterable[str]) -> tuple[AllowedHost, ...]:
@@ -131,8 +146,12 @@ def read_ca_certs(directory: Path) -> bytes:
 
 
 @contextmanager
-def running(guest: Guest, services: Services, deadline: float | None = None) -> Iterator[None]:
+def running(
+    guest: Guest, services: Services, vsock_cid: int | None = None, deadline: float | None = None
+) -> Iterator[None]:
     """Gives `guest` its services, which are there for its first command, and takes them away at the end.
+
+    `vsock_cid` is that of its vsock device, if it has one.
 
     Raises:
         SandboxTimeout: `deadline`, a time of `time.monotonic`, passed before they were there.
@@ -141,7 +160,7 @@ def running(guest: Guest, services: Services, deadline: float | None = None) -> 
     """
     with ExitStack() as stack:
         for name, value in services.secrets.items():
-            argv = (b"secret", name.encode(), os.fsencode(services.secrets_user))
+            argv = (b"secret", name.encode(), os.fsencode(services.secrets_user or "0"))
             _call(guest, f"secret {name}", argv, value, deadline)
         if services.ca_certs:
             _call(guest, "CA certificates", (b"ca-certs",), services.ca_certs, deadline)
@@ -153,6 +172,13 @@ def running(guest: Guest, services: Services, deadline: float | None = None) -> 
             _listen(guest, f"tcp:127.0.0.1:{PROXY_PORT}", proxy.start, deadline)
         for publication in services.publish:
             stack.enter_context(_published(guest, publication))
+        if services.vsock_port is not None:
+            echo = Echo()
+            stack.callback(echo.close)
+            if vsock_cid is None:
+                _listen(guest, f"vsock:{ANY_CID}:{services.vsock_port}", echo.start, deadline)
+            else:
+                stack.enter_context(_listening_on_host(guest, vsock_cid, services.vsock_port, echo.start))
         yield
 
 
@@ -180,6 +206,75 @@ def _listen(guest: Guest, address: str, serve: Callable[[socket.socket], None], 
     guest.turn_until(lambda: bool(state), deadline)
     if isinstance(failure := state[0], Failure):
         raise GuestError(f"the guest cannot listen at {address}: {os.strerror(failure.errno)}")
+
+
+class Echo:
+    """Logs each line that comes over a connection, cleaned, and sends all back: what `--vsock-port` serves."""
+
+    def __init__(self) -> None:
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+
+    def start(self, connection: socket.socket) -> None:
+        """Serves `connection` in a thread of its own; one of too many is closed."""
+        with self._lock:
+            if len(self._open) >= MAX_CONNECTIONS:
+                connection.close()
+                return
+            self._open.add(connection)
+        threading.Thread(target=self._serve, args=(connection,), name="vmette-vsock", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends all."""
+        with self._lock:
+            for connection in self._open:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _serve(self, connection: socket.socket) -> None:
+        rest = b""
+        with suppress(OSError), connection:
+            while data := connection.recv(MAX_LINE):
+                *lines, rest = (rest + data).split(b"\n")
+                if len(rest) > MAX_LINE:
+                    lines, rest = [*lines, rest], b""
+                for line in lines:
+                    self._log(line)
+                connection.sendall(data)
+            if rest:
+                self._log(rest)
+        with self._lock:
+            self._open.discard(connection)
+
+    def _log(self, line: bytes) -> None:
+        logger.warning("vsock: %s", "".join(c if c.isprintable() else "?" for c in line.decode(errors="replace")))
+
+
+@contextmanager
+def _listening_on_host(guest: Guest, cid: int, port: int, serve: Callable[[socket.socket], None]) -> Iterator[None]:
+    """Has `serve` called with each connection that the VM `cid` makes to a vsock port of this host."""
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener:
+        try:
+            listener.bind((HOST_CID, port))
+            listener.listen(128)
+        except OSError as error:
+            raise ConfigError(f"cannot listen at vsock port {port}: {reason(error)}") from error
+        listener.setblocking(False)
+
+        def accept() -> None:
+            with suppress(OSError):  # it has gone again
+                connection, (peer, _) = listener.accept()
+                if peer != cid:  # another VM of this host
+                    connection.close()
+                    return
+                connection.setblocking(True)
+                serve(connection)
+
+        guest.watch(listener.fileno(), accept)
+        try:
+            yield
+        finally:
+            guest.unwatch(listener.fileno())
 
 
 def relay(

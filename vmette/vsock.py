@@ -16,17 +16,14 @@ from typing import TYPE_CHECKING
 
 from .errors import ConfigError, GuestError, VmetteError
 from .protocol import Failure
-from .services import relay
+from .services import ANY_CID, HOST_CID, MAX_VSOCK_PORT, relay
 from .streams import SocketSink, SocketSource
 
 if TYPE_CHECKING:
     from .guest import Ending, Guest
     from .sandbox import Session
 
-HOST_CID = 2
 LOOPBACK_CID = 1
-ANY_CID = 0xFFFFFFFF
-MAX_PORT = 0xFFFFFFFE
 BACKLOG = 128
 
 
@@ -36,8 +33,8 @@ def check_port(port: int) -> int:
     Raises:
         ConfigError: it is not.
     """
-    if not 1 <= port <= MAX_PORT:
-        raise ConfigError(f"vsock port {port}: there are 1 to {MAX_PORT}")
+    if not 1 <= port <= MAX_VSOCK_PORT:
+        raise ConfigError(f"vsock port {port}: there are 1 to {MAX_VSOCK_PORT}")
     return port
 
 

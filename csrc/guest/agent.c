@@ -1,9 +1,9 @@
-/* The guest agent: many commands at once over one port. See docs/protocol.md for the wire.
+/* The guest agent: many commands and connections at once over one port. See docs/protocol.md for the wire.
  *
  * One thread and one poll loop. What it holds is bounded:
- *   - bytes from the host: one frame being received, and for each command its stdin window;
- *   - bytes to the host: one output buffer. Command output is read from its pipe only when the buffer has room for a
- *     whole frame and the host has given the channel window; answers (EXIT, ERROR, WINDOW) have a reserve of their own,
+ *   - bytes from the host: one frame being received, and for each stream its stdin window;
+ *   - bytes to the host: one output buffer. Output is read from a pipe or socket only when the buffer has room for a
+ *     whole frame and the host has given the channel window; answers (EXIT, ERROR, WINDOW…) have a reserve of their own,
  *     and whatever would cause one waits while that reserve is used up.
  */
 #define _GNU_SOURCE
@@ -11,12 +11,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
 #include <poll.h>
-#include <pwd.h>
 #include <signal.h>
 #include <stdbool.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -24,80 +21,64 @@
 #include <sys/signalfd.h>
 #include <sys/types.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <unistd.h>
 
-enum frame_type {
-    HELLO = 1,
-    ERROR,
-    SHUTDOWN,
-    EXEC,
-    STDIN,
-    STDIN_EOF,
-    STDOUT,
-    STDERR,
-    WINDOW,
-    SIGNAL,
-    EXIT
-};
-
-enum tag {
-    TAG_VERSION = 1,
-    TAG_KERNEL,
-    TAG_MILESTONE,
-    TAG_ERRNO,
-    TAG_STAGE,
-    TAG_TEXT,
-    TAG_ARG,
-    TAG_ENV,
-    TAG_CWD,
-    TAG_USER,
-    TAG_FLAGS,
-    TAG_CODE,
-    TAG_SIGNAL
-};
+#include "address.h"
+#include "cgroup.h"
+#include "command.h"
+#include "wire.h"
 
 enum {
-    VERSION = 1,
-    HEADER = 12,
-    FIELD = 8,
-    MAX_DATA = 65536,
-    MAX_EXEC = 2 << 20,
-    MAX_CONTROL = 4096,
-    INITIAL_WINDOW = 262144,
-    MAX_STREAMS = 64,
-    MAX_GROUPS = 256,
     /* The kernel's virtio console takes at most 32 KiB in one write: one frame of ours is one write. */
     CHUNK = 32768 - HEADER,
-    /* Room that command output leaves to answers. Whatever causes an answer looks first whether the largest one fits,
-     * and waits for the port if it does not (can_answer): so no answer is ever lost. */
+    /* Room that output leaves to answers. Whatever causes an answer looks first whether the largest one fits, and waits
+     * for the port if it does not (can_answer): so no answer is ever lost. */
     LARGEST_ANSWER = HEADER + MAX_CONTROL,
     RESERVE = 3 * LARGEST_ANSWER,
     OUTPUT = 8 * 32768 + RESERVE,
-    INPUT = 65536
+    INPUT = 65536,
+    /* More than the kernel holds of what was written to a terminal (640 KiB, TTYB_DEFAULT_MEM_LIMIT). */
+    TERMINAL_HOLDS = 1 << 20
 };
 
-static const char default_path[] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+enum kind { COMMAND, CONNECTION, LISTENER };
 
-/* One output channel of a command. */
+/* What is read for the host: an output of a command, the receiving half of a connection, or a listener. */
 struct channel {
-    int fd;          /* the pipe's read end; -1: closed */
+    int fd;          /* -1: closed */
+    bool ready;      /* poll has said so, and no read that it is not */
     uint32_t window; /* bytes that the host still takes */
-    uint32_t owed;   /* of a command that has ended: bytes that it left in the pipe and that must come before EXIT */
+    uint32_t owed;   /* of a command that has ended: bytes that it left behind and that must come before EXIT */
 };
 
-/* One command. */
 struct stream {
     uint32_t id; /* 0: the slot is free */
+    enum kind kind;
+
+    /* A command. */
     pid_t pid;
     bool exited;
     int status;
-    int started; /* pipe that carries errno and stage if the program could not be started; -1: it has been */
+    struct rusage usage;
+    int started;  /* pipe that carries errno and stage if the program could not be started; -1: it has been */
+    int terminal; /* -1: it has none. Its master is out[0] and stdin */
+    bool midline; /* the last that was typed there is no whole line */
+    bool announced; /* the host is told when it has started */
+
+    /* A connection, whose socket is out[0] and stdin. */
+    bool opening; /* it does not stand yet */
+    int broken;   /* the errno that it ends with */
+
+    /* A listener, whose socket is out[0]: it could not take a connection, and tries again with the next event. */
+    bool resting;
+
     struct channel out[2];
-    int stdin_fd; /* the pipe's write end; -1: closed */
+    int stdin_fd; /* -1: closed */
     bool stdin_eof;
     unsigned char *stdin_data; /* a ring of INITIAL_WINDOW bytes, allocated when first used */
     uint32_t stdin_head, stdin_used;
-    uint32_t stdin_passed; /* written to the command, not yet given back to the host */
+    uint32_t stdin_passed; /* taken from the ring, not yet given back to the host */
 };
 
 struct agent {
@@ -105,8 +86,11 @@ struct agent {
     int signals;
     bool greeted; /* the host's HELLO has come */
     bool shutdown;
+    struct place place;
+    struct cgroups cgroups;
     struct stream streams[MAX_STREAMS];
-    unsigned turn; /* where the round of output channels goes on, so that none is starved */
+    uint32_t accepted; /* the number of the last connection that a listener took */
+    unsigned turn;     /* where the round of output channels goes on, so that none is starved */
     unsigned char out[OUTPUT];
     size_t out_head, out_tail;
     unsigned char in[INPUT];
@@ -115,72 +99,6 @@ struct agent {
     unsigned char large_header[HEADER];
     size_t large_length, large_used;
 };
-
-/* What a child that could not exec tells its parent. */
-struct start_failure {
-    int error;
-    char stage[12];
-};
-
-/* --- Encoding ----------------------------------------------------------------------------------------------------- */
-
-static void put16(unsigned char *p, uint32_t v) {
-    p[0] = (unsigned char)v;
-    p[1] = (unsigned char)(v >> 8);
-}
-
-static void put32(unsigned char *p, uint32_t v) {
-    put16(p, v);
-    put16(p + 2, v >> 16);
-}
-
-static uint32_t get16(const unsigned char *p) { return p[0] | (uint32_t)p[1] << 8; }
-static uint32_t get32(const unsigned char *p) { return get16(p) | get16(p + 2) << 16; }
-
-static void put_header(unsigned char *p, enum frame_type type, uint32_t stream, uint32_t length) {
-    memset(p, 0, HEADER);
-    p[0] = (unsigned char)type;
-    put32(p + 4, stream);
-    put32(p + 8, length);
-}
-
-/* A record being written into a frame of at most MAX_CONTROL bytes. A field that does not fit is cut short. */
-struct record {
-    unsigned char bytes[HEADER + MAX_CONTROL];
-    size_t used;
-};
-
-static void record_start(struct record *r) { r->used = HEADER; }
-
-static void record_add(struct record *r, enum tag tag, const void *data, size_t length) {
-    size_t room = sizeof r->bytes - r->used;
-    if (room < FIELD) return;
-    if (length > room - FIELD) length = room - FIELD;
-    unsigned char *p = r->bytes + r->used;
-    put16(p, tag);
-    put16(p + 2, 0);
-    put32(p + 4, (uint32_t)length);
-    memcpy(p + FIELD, data, length);
-    r->used += FIELD + length;
-}
-
-static void record_add32(struct record *r, enum tag tag, uint32_t value) {
-    unsigned char bytes[4];
-    put32(bytes, value);
-    record_add(r, tag, bytes, sizeof bytes);
-}
-
-static void record_finish(struct record *r, enum frame_type type, uint32_t stream) {
-    put_header(r->bytes, type, stream, (uint32_t)(r->used - HEADER));
-}
-
-static void record_error(struct record *r, uint32_t stream, int error, const char *stage, const char *text) {
-    record_start(r);
-    record_add32(r, TAG_ERRNO, (uint32_t)error);
-    record_add(r, TAG_STAGE, stage, strlen(stage));
-    record_add(r, TAG_TEXT, text, strnlen(text, 1024));
-    record_finish(r, ERROR, stream);
-}
 
 /* --- Output to the port --------------------------------------------------------------------------------------------- */
 
@@ -203,29 +121,77 @@ static void answer(struct agent *a, const void *bytes, size_t length) {
     a->out_tail += length;
 }
 
-static void answer_error(struct agent *a, uint32_t stream, int error, const char *stage, const char *text) {
+/* The caller has seen that it can_answer, for these too. */
+static void answer_record(struct agent *a, struct record *r, enum frame_type type, uint32_t stream) {
+    record_finish(r, type, stream);
+    answer(a, r->bytes, r->used);
+}
+
+static void make_error(struct record *r, uint32_t stream, int error, const char *stage, const char *text) {
+    record_start(r);
+    record_add32(r, TAG_ERRNO, (uint32_t)error);
+    record_add_text(r, TAG_STAGE, stage);
+    record_add(r, TAG_TEXT, text, strnlen(text, 1024));
+    record_finish(r, FRAME_ERROR, stream);
+}
+
+static void answer_error(struct agent *a, uint32_t stream, int error, const char *stage) {
     struct record r;
-    record_error(&r, stream, error, stage, text);
+    make_error(&r, stream, error, stage, strerror(error));
     answer(a, r.bytes, r.used);
 }
 
 static void answer_window(struct agent *a, uint32_t stream, uint32_t bytes) {
     unsigned char frame[HEADER + 5];
-    put_header(frame, WINDOW, stream, 5);
+    put_header(frame, FRAME_WINDOW, stream, 5);
     frame[HEADER] = 0;
     put32(frame + HEADER + 1, bytes);
     answer(a, frame, sizeof frame);
 }
 
+static void answer_opened(struct agent *a, uint32_t stream) {
+    unsigned char frame[HEADER];
+    put_header(frame, FRAME_OPENED, stream, 0);
+    answer(a, frame, sizeof frame);
+}
+
+static void answer_eof(struct agent *a, uint32_t stream) {
+    unsigned char frame[HEADER + 1];
+    put_header(frame, FRAME_EOF, stream, 1);
+    frame[HEADER] = 1;
+    answer(a, frame, sizeof frame);
+}
+
+/* EXIT of a connection or listener. */
+static void answer_end(struct agent *a, uint32_t stream, enum tag how, uint32_t value) {
+    struct record r;
+    record_start(&r);
+    record_add32(&r, how, value);
+    answer_record(a, &r, FRAME_EXIT, stream);
+}
+
+static void put_time(unsigned char *p, struct timeval time) {
+    put64(p, (uint64_t)time.tv_sec * 1000000 + (uint64_t)time.tv_usec);
+}
+
+/* EXIT of a command, with what it used. */
 static void answer_exit(struct agent *a, const struct stream *s) {
     struct record r;
+    unsigned char usage[24];
+    uint64_t peak;
+    uint32_t kills;
     record_start(&r);
     if (WIFSIGNALED(s->status))
         record_add32(&r, TAG_SIGNAL, (uint32_t)WTERMSIG(s->status));
     else
         record_add32(&r, TAG_CODE, (uint32_t)WEXITSTATUS(s->status));
-    record_finish(&r, EXIT, s->id);
-    answer(a, r.bytes, r.used);
+    put_time(usage, s->usage.ru_utime);
+    put_time(usage + 8, s->usage.ru_stime);
+    put64(usage + 16, (uint64_t)s->usage.ru_maxrss * 1024);
+    record_add(&r, TAG_USAGE, usage, sizeof usage);
+    if (cgroup_peak(&a->cgroups, s->id, &peak)) record_add64(&r, TAG_PEAK, peak);
+    if (cgroup_oom_kills(&a->cgroups, s->id, &kills)) record_add32(&r, TAG_OOM_KILLS, kills);
+    answer_record(a, &r, FRAME_EXIT, s->id);
 }
 
 static void flush(struct agent *a) {
@@ -250,76 +216,210 @@ static struct stream *find_stream(struct agent *a, uint32_t id) {
     return NULL;
 }
 
+static struct stream *free_slot(struct agent *a) {
+    for (int i = 0; i < MAX_STREAMS; i++)
+        if (a->streams[i].id == 0) return &a->streams[i];
+    return NULL;
+}
+
+/* Makes the free slot `s` a stream without any descriptors. */
+static void open_stream(struct stream *s, uint32_t id, enum kind kind) {
+    memset(s, 0, sizeof *s);
+    s->id = id;
+    s->kind = kind;
+    s->started = s->terminal = s->stdin_fd = -1;
+    for (int i = 0; i < 2; i++) s->out[i] = (struct channel){.fd = -1, .window = INITIAL_WINDOW};
+}
+
 static void close_fd(int *fd) {
     if (*fd >= 0) close(*fd);
     *fd = -1;
 }
 
+/* A socket or the master of a terminal is both stdin and out[0]: it is closed with the last of them. */
+static void close_stdin(struct stream *s) {
+    if (s->stdin_fd == s->out[0].fd) s->stdin_fd = -1;
+    close_fd(&s->stdin_fd);
+}
+
+static void close_output(struct stream *s, int index) {
+    if (s->out[index].fd == s->stdin_fd) s->out[index].fd = -1;
+    close_fd(&s->out[index].fd);
+}
+
 static void free_stream(struct stream *s) {
     close_fd(&s->started);
-    close_fd(&s->out[0].fd);
-    close_fd(&s->out[1].fd);
-    close_fd(&s->stdin_fd);
+    close_fd(&s->terminal);
+    close_output(s, 0);
+    close_output(s, 1);
+    close_stdin(s);
     free(s->stdin_data);
     memset(s, 0, sizeof *s);
 }
 
-/* Reads one chunk of a channel's pipe into the output buffer.
+/* --- Output of commands and connections ----------------------------------------------------------------------------- */
+
+static bool has_room(const struct agent *a) { return out_room(a) >= HEADER + CHUNK + RESERVE; }
+
+/* Whether a channel is to be read now, if it has something. */
+static bool wants_output(const struct stream *s, int index) {
+    const struct channel *c = &s->out[index];
+    return s->kind != LISTENER && c->fd >= 0 && c->window > 0 && s->started < 0 && !s->opening;
+}
+
+/* Nobody takes stdin any more: what still comes is dropped. */
+static void drop_stdin(struct stream *s) {
+    s->stdin_passed += s->stdin_used;
+    s->stdin_used = 0;
+    close_stdin(s);
+}
+
+/* A channel has ended, with an errno if it broke. */
+static void end_output(struct agent *a, struct stream *s, int index, int error) {
+    close_output(s, index);
+    if (s->kind != CONNECTION) return;
+    if (s->broken == 0) s->broken = error;
+    if (s->broken != 0)
+        drop_stdin(s);
+    else
+        answer_eof(a, s->id);
+}
+
+/* Reads one chunk of a channel into the output buffer, which has_room.
  * Returns whether something was read or the channel closed: false means nothing can be had now. */
 static bool pump_output(struct agent *a, struct stream *s, int index) {
     struct channel *c = &s->out[index];
-    if (c->fd < 0 || c->window == 0 || s->started >= 0) return false;
-    if (out_room(a) < HEADER + CHUNK + RESERVE) return false;
+    if (!c->ready || !wants_output(s, index)) return false;
     size_t length = c->window < CHUNK ? c->window : CHUNK;
     unsigned char *frame = out_reserve(a, HEADER + length);
     ssize_t n = read(c->fd, frame + HEADER, length);
-    if (n < 0) {
-        if (errno == EINTR || errno == EAGAIN) return false;
-        n = 0;
+    if (n < 0 && (errno == EINTR || errno == EAGAIN)) {
+        c->ready = false;
+        return false;
     }
-    if (n == 0) {
-        close_fd(&c->fd);
+    if (n <= 0) { /* a terminal ends with EIO */
+        end_output(a, s, index, n < 0 ? errno : 0);
         return true;
     }
-    put_header(frame, index == 0 ? STDOUT : STDERR, s->id, (uint32_t)n);
+    put_header(frame, index == 0 ? FRAME_STDOUT : FRAME_STDERR, s->id, (uint32_t)n);
     a->out_tail += HEADER + (size_t)n;
     c->window -= (uint32_t)n;
     c->owed -= c->owed < (uint32_t)n ? c->owed : (uint32_t)n;
     return true;
 }
 
-static uint32_t waiting_in(const struct channel *c) {
+/* Reads from the channels in turn, one chunk each, until there is no more room or nothing to read. */
+static void pump_outputs(struct agent *a) {
+    unsigned idle = 0;
+    while (idle < 2 * MAX_STREAMS && has_room(a)) {
+        unsigned turn = a->turn++ % (2 * MAX_STREAMS);
+        struct stream *s = &a->streams[turn / 2];
+        idle = s->id != 0 && pump_output(a, s, turn % 2) ? 0 : idle + 1;
+    }
+}
+
+/* How much a command that has just ended may have left in a channel. What is written to a terminal takes a while to
+ * arrive at its master, and is not counted before. */
+static uint32_t left_in(const struct stream *s, const struct channel *c) {
     int bytes = 0;
-    return c->fd >= 0 && ioctl(c->fd, FIONREAD, &bytes) == 0 ? (uint32_t)bytes : 0;
+    if (c->fd < 0) return 0;
+    if (s->terminal >= 0) return TERMINAL_HOLDS;
+    return ioctl(c->fd, FIONREAD, &bytes) == 0 ? (uint32_t)bytes : 0;
 }
 
 /* Whether a channel of a command that has ended holds nothing more that the command wrote. What it left running may
- * fill the pipe for ever, or itself have read from it. */
-static bool drained(const struct channel *c) { return c->owed == 0 || waiting_in(c) == 0; }
+ * fill the pipe for ever, or itself have read from it. Poll, unlike FIONREAD, waits for what is on its way in a
+ * terminal. */
+static bool drained(const struct channel *c) {
+    struct pollfd holds = {.fd = c->fd, .events = POLLIN};
+    return c->owed == 0 || c->fd < 0 || poll(&holds, 1, 0) <= 0 || !(holds.revents & POLLIN);
+}
+
+/* --- Their input ---------------------------------------------------------------------------------------------------- */
+
+/* Types the character that ends a terminal's input. Within a line it only passes on what there is of the line: there
+ * it takes a second one. A terminal in raw mode hands it to the program like any other. Returns whether it is done. */
+static bool type_eof(struct stream *s) {
+    struct termios settings;
+    if (tcgetattr(s->terminal, &settings) != 0) return true;
+    unsigned char key = settings.c_cc[VEOF] != _POSIX_VDISABLE ? settings.c_cc[VEOF] : 'D' - '@', keys[2] = {key, key};
+    size_t count = (settings.c_lflag & ICANON) && s->midline ? 2 : 1;
+    ssize_t n = write(s->stdin_fd, keys, count);
+    if (n < 0) return errno != EAGAIN && errno != EINTR;
+    if (n > 0) s->midline = false;
+    return (size_t)n == count;
+}
+
+/* All stdin has been passed on: the command or peer is told. */
+static void end_stdin(struct stream *s) {
+    if (s->terminal >= 0 && !type_eof(s)) return;
+    if (s->kind == CONNECTION) shutdown(s->stdin_fd, SHUT_WR);
+    close_stdin(s);
+}
 
 static void pump_stdin(struct agent *a, struct stream *s) {
+    if (s->opening) return;
     while (s->stdin_fd >= 0 && s->stdin_used > 0) {
         uint32_t run = INITIAL_WINDOW - s->stdin_head;
         if (run > s->stdin_used) run = s->stdin_used;
         ssize_t n = write(s->stdin_fd, s->stdin_data + s->stdin_head, run);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0 && errno == EAGAIN) break;
-        if (n < 0) { /* the command closed its stdin: take what still comes and drop it */
-            s->stdin_passed += s->stdin_used;
-            s->stdin_used = 0;
-            close_fd(&s->stdin_fd);
+        if (n < 0) { /* the command closed its stdin. A peer that reads no more may still have sent something */
+            if (s->kind == CONNECTION && errno != EPIPE) s->broken = errno;
+            drop_stdin(s);
             break;
         }
+        unsigned char last = s->stdin_data[s->stdin_head + (uint32_t)n - 1];
+        s->midline = last != '\n' && last != '\r';
         s->stdin_head = (s->stdin_head + (uint32_t)n) % INITIAL_WINDOW;
         s->stdin_used -= (uint32_t)n;
         s->stdin_passed += (uint32_t)n;
     }
-    if (s->stdin_eof && s->stdin_used == 0) close_fd(&s->stdin_fd);
+    if (s->stdin_fd >= 0 && s->stdin_eof && s->stdin_used == 0) end_stdin(s);
     /* Give back in large pieces, so that the host is not flooded with small ones. */
     if (can_answer(a) && (s->stdin_passed >= INITIAL_WINDOW / 4 || (s->stdin_passed > 0 && s->stdin_used == 0))) {
         answer_window(a, s->id, s->stdin_passed);
         s->stdin_passed = 0;
     }
+}
+
+/* --- Commands ------------------------------------------------------------------------------------------------------- */
+
+/* EXEC. False: it is malformed. */
+static bool start_command(struct agent *a, uint32_t id, const unsigned char *payload, size_t size) {
+    struct command command;
+    struct child child;
+    const char *stage = "fork";
+    struct stream *s = free_slot(a);
+    void *block = parse_exec(payload, size, &command);
+    if (block == NULL && errno == EPROTO) return false;
+    int error = block == NULL ? ENOMEM : s == NULL ? EAGAIN : 0;
+    if (error == 0 && (command.flags & ~(uint32_t)EXEC_FLAGS)) {
+        error = EINVAL;
+        stage = "flags";
+    }
+    a->place.cgroup = -1;
+    if (error == 0 && a->cgroups.parent >= 0 && (a->place.cgroup = cgroup_make(&a->cgroups, id)) < 0) {
+        error = errno;
+        stage = "cgroup";
+    }
+    if (error == 0) error = start_child(&command, &a->place, &child, &stage);
+    if (error != 0) {
+        if (a->place.cgroup >= 0) cgroup_remove(&a->cgroups, id);
+        answer_error(a, id, error, stage);
+    } else {
+        open_stream(s, id, COMMAND);
+        s->pid = child.pid;
+        s->started = child.started;
+        s->announced = command.flags & EXEC_ANNOUNCED;
+        s->terminal = child.terminal;
+        s->stdin_fd = child.stdin_fd;
+        for (int i = 0; i < 2; i++) s->out[i].fd = child.out[i];
+    }
+    close_fd(&a->place.cgroup);
+    free(block);
+    return true;
 }
 
 /* The program has started, or told why not. */
@@ -329,300 +429,171 @@ static void finish_start(struct agent *a, struct stream *s) {
     ssize_t n = read(s->started, &failure, sizeof failure);
     if (n < 0 && (errno == EINTR || errno == EAGAIN)) return;
     close_fd(&s->started);
-    if (n != (ssize_t)sizeof failure) return;
+    if (s->pid == a->place.init) a->place.init_started = -1;
+    if (n != (ssize_t)sizeof failure) {
+        if (s->announced) answer_opened(a, s->id);
+        return;
+    }
+    if (s->pid == a->place.init) leave_init(&a->place);
     failure.stage[sizeof failure.stage - 1] = 0;
-    answer_error(a, s->id, failure.error, failure.stage, strerror(failure.error));
+    answer_error(a, s->id, failure.error, failure.stage);
+    cgroup_remove(&a->cgroups, s->id);
     free_stream(s); /* the child is reaped like any orphan */
 }
 
-static void finish_if_ended(struct agent *a, struct stream *s) {
-    if (s->id == 0 || !s->exited) return;
-    if (s->started >= 0) {
-        finish_start(a, s);
-        if (s->id == 0 || s->started >= 0) return;
-    }
-    if (!drained(&s->out[0]) || !drained(&s->out[1])) return;
-    if (!can_answer(a)) return;
+static void finish_command(struct agent *a, struct stream *s) {
+    if (s->started >= 0) finish_start(a, s);
+    if (s->id == 0 || s->started >= 0 || !s->exited) return;
+    if (!drained(&s->out[0]) || !drained(&s->out[1]) || !can_answer(a)) return;
     answer_exit(a, s);
+    cgroup_remove(&a->cgroups, s->id);
     free_stream(s);
 }
 
 /* The number of a process that is not reaped is not given to another, so this never hits a stranger. */
-static void send_signal(const struct stream *s, int number, bool group) {
+static void send_signal(struct agent *a, const struct stream *s, int number, unsigned flags) {
+    if ((flags & SIGNAL_ALL) && cgroup_kill(&a->cgroups, s->id)) return;
+    if (flags & SIGNAL_ALL) number = SIGKILL;
     if (s->exited) return;
     /* The group is there once the child has called setsid: until then there is only the child. */
-    if (!group || kill(-s->pid, number) != 0) kill(s->pid, number);
+    if (!(flags & (SIGNAL_GROUP | SIGNAL_ALL)) || kill(-s->pid, number) != 0) kill(s->pid, number);
 }
 
 static void reap(struct agent *a) {
+    struct rusage usage;
     int status;
     pid_t pid;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+    bool any = false;
+    while ((pid = wait4(-1, &status, WNOHANG, &usage)) > 0) {
+        any = true;
+        if (pid == a->place.init) leave_init(&a->place);
         for (int i = 0; i < MAX_STREAMS; i++) {
             struct stream *s = &a->streams[i];
-            if (s->id == 0 || s->exited || s->pid != pid) continue; /* one that has ended may share its number */
+            /* One that has ended may share its number. */
+            if (s->id == 0 || s->kind != COMMAND || s->exited || s->pid != pid) continue;
             s->exited = true;
             s->status = status;
-            for (int k = 0; k < 2; k++) s->out[k].owed = waiting_in(&s->out[k]);
+            s->usage = usage;
+            for (int k = 0; k < 2; k++) {
+                s->out[k].owed = left_in(s, &s->out[k]);
+                s->out[k].ready = true;
+            }
         }
     }
+    if (any) cgroups_sweep(&a->cgroups); /* it may have been the last one in its cgroup */
 }
 
-/* --- EXEC ----------------------------------------------------------------------------------------------------------- */
+/* --- Connections and listeners -------------------------------------------------------------------------------------- */
 
-struct command {
-    char **argv, **env;
-    const char *cwd, *user;
-};
-
-static void fail_start(int fd, const char *stage) {
-    struct start_failure failure = {.error = errno};
-    strncpy(failure.stage, stage, sizeof failure.stage - 1);
-    (void)!write(fd, &failure, sizeof failure);
-    _exit(127);
-}
-
-static bool parse_number(const char *text, uint32_t *value) {
-    char *end;
-    if (*text < '0' || *text > '9') return false;
-    errno = 0;
-    unsigned long long n = strtoull(text, &end, 10);
-    if (errno != 0 || *end != 0 || n >= UINT32_MAX) return false;
-    *value = (uint32_t)n;
-    return true;
-}
-
-static const char *getenv_of(char **env, const char *name) {
-    size_t length = strlen(name);
-    for (; *env != NULL; env++)
-        if (strncmp(*env, name, length) == 0 && (*env)[length] == '=') return *env + length + 1;
-    return NULL;
-}
-
-/* The entry of /etc/passwd for a name, or for `uid` if that is NULL. The files are read as they are: getpwnam and its kin
- * would ask a name service's socket first, which nobody has here and which an image could fake. */
-static struct passwd *find_user(const char *name, uint32_t uid) {
-    FILE *file = fopen("/etc/passwd", "re");
-    struct passwd *entry = NULL;
-    if (file == NULL) return NULL;
-    while ((entry = fgetpwent(file)) != NULL)
-        if (name != NULL ? strcmp(entry->pw_name, name) == 0 : entry->pw_uid == uid) break;
-    fclose(file);
-    return entry;
-}
-
-static bool has_member(const struct group *group, const char *name) {
-    for (char **member = group->gr_mem; *member != NULL; member++)
-        if (strcmp(*member, name) == 0) return true;
-    return false;
-}
-
-/* Finds the number of the group `name`, if that is not NULL; or the groups that `user` is a member of, `groups` having
- * one already. Returns how many there are: 0 if there is none of that name. */
-static size_t find_groups(const char *name, const char *user, gid_t *groups) {
-    FILE *file = fopen("/etc/group", "re");
-    struct group *entry;
-    size_t count = name == NULL;
-    if (file == NULL) return count;
-    while ((entry = fgetgrent(file)) != NULL && count < MAX_GROUPS) {
-        if (name != NULL ? strcmp(entry->gr_name, name) != 0 : entry->gr_gid == *groups || !has_member(entry, user))
-            continue;
-        groups[count++] = entry->gr_gid;
-        if (name != NULL) break;
-    }
-    fclose(file);
-    return count;
-}
-
-/* Becomes `user[:group]`. Runs in the child: the guest's passwd and group files are not to be trusted. */
-static const char *become(const char *spec, int failed) {
-    static char home[4096] = "/";
-    static gid_t groups[MAX_GROUPS];
-    char user[256], *group;
-    if (strlen(spec) >= sizeof user) {
-        errno = ENAMETOOLONG;
-        fail_start(failed, "user");
-    }
-    strcpy(user, spec);
-    group = strchr(user, ':');
-    if (group != NULL) *group++ = 0;
-    uint32_t uid, gid = 0;
-    bool number = parse_number(user, &uid);
-    struct passwd *entry = find_user(number ? NULL : user, uid);
-    if (entry == NULL && !number) {
-        errno = ENOENT;
-        fail_start(failed, "user");
-    }
-    if (entry != NULL) {
-        uid = entry->pw_uid;
-        gid = entry->pw_gid;
-        if (entry->pw_dir != NULL && strlen(entry->pw_dir) < sizeof home) strcpy(home, entry->pw_dir);
-    }
-    size_t count = 1;
-    groups[0] = gid;
-    if (group == NULL) {
-        if (entry != NULL) count = find_groups(NULL, entry->pw_name, groups);
-    } else if (*group != 0) {
-        if (parse_number(group, &gid)) {
-            groups[0] = gid;
-        } else if (find_groups(group, NULL, groups) == 0) {
-            errno = ENOENT;
-            fail_start(failed, "group");
-        }
-    }
-    if (setgroups(count, groups) != 0 || setgid(groups[0]) != 0 || setuid(uid) != 0) fail_start(failed, "user");
-    return home;
-}
-
-/* The child's half of EXEC: never returns. */
-static void run_command(const struct command *c, int fds[3], int failed) {
-    for (int i = 0; i < 3; i++)
-        if (dup2(fds[i], i) < 0) fail_start(failed, "exec");
-    setsid();
-    sigset_t none;
-    sigemptyset(&none);
-    sigprocmask(SIG_SETMASK, &none, NULL);
-    signal(SIGPIPE, SIG_DFL);
-    const char *home = become(c->user != NULL ? c->user : "0", failed);
-    /* HOME and PATH have the last two, spare places of the environment (see parse_exec). */
-    char **end = c->env;
-    while (*end != NULL) end++;
-    static char home_entry[4096 + 5], path_entry[sizeof default_path + 5];
-    if (getenv_of(c->env, "HOME") == NULL) {
-        snprintf(home_entry, sizeof home_entry, "HOME=%s", home);
-        *end++ = home_entry;
-        *end = NULL;
-    }
-    if (getenv_of(c->env, "PATH") == NULL) {
-        snprintf(path_entry, sizeof path_entry, "PATH=%s", default_path);
-        *end++ = path_entry;
-        *end = NULL;
-    }
-    if (chdir(c->cwd != NULL ? c->cwd : "/") != 0) fail_start(failed, "chdir");
-    environ = c->env;
-    execvp(c->argv[0], c->argv);
-    fail_start(failed, "exec");
-}
-
-/* Walks a record's fields. Returns 1 with the next one, 0 at the end, -1 when it is malformed. */
-static int next_field(const unsigned char **p, size_t *left, uint32_t *tag, const unsigned char **data, size_t *length) {
-    if (*left == 0) return 0;
-    if (*left < FIELD || get16(*p + 2) != 0) return -1;
-    *tag = get16(*p);
-    *length = get32(*p + 4);
-    if (*length > *left - FIELD) return -1;
-    *data = *p + FIELD;
-    *p += FIELD + *length;
-    *left -= FIELD + *length;
-    return 1;
-}
-
-static bool add_string(char **list, size_t *count, char **text, const unsigned char *data, size_t length) {
-    if (memchr(data, 0, length) != NULL) return false;
-    char *start = *text;
-    memcpy(start, data, length);
-    start[length] = 0;
-    *text += length + 1;
-    list[(*count)++] = start;
-    return true;
-}
-
-/* Parses EXEC into one allocation, returned and to be freed by the caller; NULL when malformed (errno EPROTO) or ENOMEM. */
-static void *parse_exec(const unsigned char *payload, size_t size, struct command *c) {
-    const unsigned char *p = payload, *data;
-    size_t left = size, length, args = 0, envs = 0, strings = 0;
+/* The one field of CONNECT and LISTEN. False: the record is malformed, or has none. */
+static bool read_address(const unsigned char *payload, size_t size, struct address *address, int *error) {
+    const unsigned char *data;
+    size_t length;
     uint32_t tag;
     int more;
-    while ((more = next_field(&p, &left, &tag, &data, &length)) > 0) {
-        args += tag == TAG_ARG;
-        envs += tag == TAG_ENV;
-        strings += length + 1;
-    }
-    errno = EPROTO;
-    if (more < 0 || args == 0) return NULL;
-    size_t pointers = (args + 1 + envs + 3) * sizeof(char *);
-    char *block = malloc(pointers + strings);
-    if (block == NULL) return NULL;
-    char *text = block + pointers;
-    char **argv = (char **)(void *)block, **env = argv + args + 1, *one[1];
-    memset(c, 0, sizeof *c);
-    args = envs = 0;
-    bool good = true;
-    p = payload;
-    left = size;
-    while (good && next_field(&p, &left, &tag, &data, &length) > 0) {
-        size_t ignored = 0;
-        if (tag == TAG_ARG)
-            good = add_string(argv, &args, &text, data, length);
-        else if (tag == TAG_ENV)
-            good = add_string(env, &envs, &text, data, length);
-        else if (tag == TAG_CWD && (good = add_string(one, &ignored, &text, data, length)))
-            c->cwd = one[0];
-        else if (tag == TAG_USER && (good = add_string(one, &ignored, &text, data, length)))
-            c->user = one[0];
-    }
-    if (!good) {
-        free(block);
-        errno = EPROTO;
-        return NULL;
-    }
-    argv[args] = NULL;
-    env[envs] = NULL;
-    c->argv = argv;
-    c->env = env;
-    return block;
+    bool found = false;
+    while ((more = next_field(&payload, &size, &tag, &data, &length)) > 0)
+        if (tag == TAG_ADDRESS) {
+            *error = parse_address(address, data, length);
+            found = true;
+        }
+    return more == 0 && found;
 }
 
-static bool start_command(struct agent *a, uint32_t id, const unsigned char *payload, size_t size) {
-    struct command command;
-    void *block = parse_exec(payload, size, &command);
-    if (block == NULL && errno == EPROTO) return false;
-    struct stream *s = NULL;
-    for (int i = 0; i < MAX_STREAMS && s == NULL; i++)
-        if (a->streams[i].id == 0) s = &a->streams[i];
-    /* pipes: stdin, stdout, stderr, start status; [i][0] is the read end */
-    int pipes[4][2], made = 0;
-    int error = block == NULL ? ENOMEM : s == NULL ? EAGAIN : 0;
-    while (error == 0 && made < 4) {
-        if (pipe2(pipes[made], O_CLOEXEC) != 0)
-            error = errno;
-        else
-            made++;
-    }
-    pid_t pid = -1;
-    if (error == 0) {
-        /* Large pipes: fewer wake-ups for bulk data. Beyond the limit for unprivileged users it is refused: no matter. */
-        fcntl(pipes[1][0], F_SETPIPE_SZ, 1 << 20);
-        int child[3] = {pipes[0][0], pipes[1][1], pipes[2][1]};
-        pid = fork();
-        if (pid < 0) error = errno;
-        if (pid == 0) run_command(&command, child, pipes[3][1]);
-    }
-    free(block);
+/* CONNECT or LISTEN. False: it is malformed. */
+static bool open_socket_stream(struct agent *a, uint32_t id, enum kind kind, const unsigned char *payload, size_t size) {
+    struct address address;
+    struct stream *s = free_slot(a);
+    const char *stage = kind == LISTENER ? "listen" : "connect";
+    int error = 0, fd = -1;
+    if (!read_address(payload, size, &address, &error)) return false;
     if (error != 0) {
-        while (made-- > 0) {
-            close(pipes[made][0]);
-            close(pipes[made][1]);
-        }
-        answer_error(a, id, error, "fork", strerror(error));
+        stage = "address";
+    } else if (s == NULL) {
+        error = EAGAIN;
+    } else {
+        fd = kind == LISTENER ? open_listener(&address) : open_connection(&address);
+        error = errno;
+    }
+    if (fd < 0) {
+        answer_error(a, id, error, stage);
         return true;
     }
-    memset(s, 0, sizeof *s);
-    s->id = id;
-    s->pid = pid;
-    s->stdin_fd = pipes[0][1];
-    close(pipes[0][0]);
-    for (int i = 0; i < 2; i++) {
-        s->out[i].fd = pipes[1 + i][0];
-        s->out[i].window = INITIAL_WINDOW;
-        fcntl(s->out[i].fd, F_SETFL, O_NONBLOCK);
-        close(pipes[1 + i][1]);
+    open_stream(s, id, kind);
+    s->out[0].fd = fd;
+    if (kind == CONNECTION) {
+        s->stdin_fd = fd;
+        s->opening = error == EINPROGRESS;
     }
-    s->started = pipes[3][0];
-    close(pipes[3][1]);
-    fcntl(s->stdin_fd, F_SETFL, O_NONBLOCK);
-    fcntl(s->started, F_SETFL, O_NONBLOCK);
+    if (!s->opening) answer_opened(a, id);
     return true;
+}
+
+/* A connection in the making: poll tells when it stands, or has failed. */
+static void finish_opening(struct agent *a, struct stream *s) {
+    int error = 0;
+    socklen_t length = sizeof error;
+    if (!s->out[0].ready || !can_answer(a)) return;
+    if (getsockopt(s->stdin_fd, SOL_SOCKET, SO_ERROR, &error, &length) != 0) error = errno;
+    s->out[0].ready = s->opening = false;
+    if (error == 0) {
+        answer_opened(a, s->id);
+    } else {
+        answer_error(a, s->id, error, "connect");
+        free_stream(s);
+    }
+}
+
+static void finish_connection(struct agent *a, struct stream *s) {
+    if (s->opening || s->stdin_fd >= 0 || s->out[0].fd >= 0 || !can_answer(a)) return;
+    if (s->broken != 0)
+        answer_error(a, s->id, s->broken, "connection");
+    else
+        answer_end(a, s->id, TAG_CODE, 0);
+    free_stream(s);
+}
+
+static uint32_t new_number(struct agent *a) {
+    do a->accepted = (a->accepted + 1) | from_guest;
+    while (find_stream(a, a->accepted) != NULL);
+    return a->accepted;
+}
+
+/* Takes the connections that wait, while there are slots for them and room to tell. */
+static void pump_listener(struct agent *a, struct stream *listener) {
+    struct channel *c = &listener->out[0];
+    struct stream *s;
+    while (c->ready && can_answer(a) && (s = free_slot(a)) != NULL) {
+        struct address peer;
+        struct record r;
+        char text[MAX_ADDRESS];
+        int fd = accept_connection(c->fd, &peer);
+        if (fd < 0) {
+            c->ready = false;
+            /* If memory or descriptors ran out the connection still waits, and poll would say so at once. Most other
+             * errors are of a connection that is gone already. */
+            listener->resting = errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
+            return;
+        }
+        open_stream(s, new_number(a), CONNECTION);
+        s->out[0].fd = s->stdin_fd = fd;
+        format_address(&peer, text, sizeof text);
+        record_start(&r);
+        record_add32(&r, TAG_LISTENER, listener->id);
+        record_add_text(&r, TAG_ADDRESS, text);
+        answer_record(a, &r, FRAME_ACCEPTED, s->id);
+    }
+}
+
+/* SIGNAL with SIGKILL for a connection or a listener. */
+static void kill_socket_stream(struct agent *a, struct stream *s) {
+    answer_end(a, s->id, TAG_SIGNAL, SIGKILL);
+    if (s->kind == CONNECTION) {
+        int fd = s->stdin_fd >= 0 ? s->stdin_fd : s->out[0].fd;
+        s->stdin_fd = s->out[0].fd = -1;
+        if (fd >= 0) reset_connection(fd);
+    }
+    free_stream(s);
 }
 
 /* --- Input from the port --------------------------------------------------------------------------------------------- */
@@ -642,13 +613,13 @@ static bool take_hello(struct agent *a, const unsigned char *payload, size_t siz
 static bool take_stdin(struct stream *s, const unsigned char *data, size_t length) {
     if (length == 0) return false;
     if (s == NULL) return true;
-    if (s->stdin_eof || length > INITIAL_WINDOW - s->stdin_used - s->stdin_passed) return false;
-    if (s->stdin_fd < 0) {
-        s->stdin_passed += (uint32_t)length;
-        return true;
+    if (s->kind == LISTENER || s->stdin_eof) return false;
+    if (length > INITIAL_WINDOW - s->stdin_used - s->stdin_passed) return false;
+    if (s->stdin_data == NULL && s->stdin_fd >= 0 && (s->stdin_data = malloc(INITIAL_WINDOW)) == NULL) {
+        s->broken = ENOMEM;
+        close_stdin(s);
     }
-    if (s->stdin_data == NULL && (s->stdin_data = malloc(INITIAL_WINDOW)) == NULL) {
-        close_fd(&s->stdin_fd);
+    if (s->stdin_fd < 0) {
         s->stdin_passed += (uint32_t)length;
         return true;
     }
@@ -663,6 +634,19 @@ static bool take_stdin(struct stream *s, const unsigned char *data, size_t lengt
     return true;
 }
 
+static bool take_eof(struct stream *s, const unsigned char *payload, size_t size) {
+    if (size != 1 || payload[0] > 2) return false;
+    if (s == NULL) return true;
+    if (s->kind == LISTENER) return false;
+    if (payload[0] == 0) {
+        s->stdin_eof = true;
+        return true;
+    }
+    if (s->terminal >= 0 && payload[0] == 1) drop_stdin(s); /* a terminal goes as a whole: it hangs up */
+    close_output(s, payload[0] - 1);
+    return true;
+}
+
 static bool take_window(struct stream *s, const unsigned char *payload, size_t size) {
     if (size != 5 || payload[0] < 1 || payload[0] > 2) return false;
     if (s == NULL) return true;
@@ -673,39 +657,56 @@ static bool take_window(struct stream *s, const unsigned char *payload, size_t s
     return true;
 }
 
-static bool take_signal(struct stream *s, const unsigned char *payload, size_t size) {
+static bool take_signal(struct agent *a, struct stream *s, const unsigned char *payload, size_t size) {
     if (size != 2 || payload[0] < 1 || payload[0] > 64) return false;
-    if (s != NULL) send_signal(s, payload[0], payload[1] & 1);
+    if (s == NULL) return true;
+    if (s->kind == COMMAND)
+        send_signal(a, s, payload[0], payload[1]);
+    else if (payload[0] == SIGKILL)
+        kill_socket_stream(a, s);
+    return true;
+}
+
+static bool take_resize(const struct stream *s, const unsigned char *payload, size_t size) {
+    if (size != 4) return false;
+    struct winsize window = {.ws_row = (uint16_t)get16(payload), .ws_col = (uint16_t)get16(payload + 2)};
+    if (s != NULL && s->terminal >= 0) ioctl(s->terminal, TIOCSWINSZ, &window);
     return true;
 }
 
 /* Acts on one frame. False: the host broke the protocol. */
 static bool take_frame(struct agent *a, int type, uint32_t id, const unsigned char *payload, size_t size) {
     struct stream *s = find_stream(a, id);
-    if (!a->greeted) return type == HELLO && id == 0 && take_hello(a, payload, size);
-    if ((type == SHUTDOWN) != (id == 0)) return false;
+    if (!a->greeted) return type == FRAME_HELLO && id == 0 && take_hello(a, payload, size);
+    if ((type == FRAME_SHUTDOWN) != (id == 0)) return false;
+    const bool opens = s == NULL && !(id & from_guest);
     switch (type) {
-        case SHUTDOWN:
+        case FRAME_SHUTDOWN:
             a->shutdown = true;
             return size == 0;
-        case EXEC:
-            return s == NULL && start_command(a, id, payload, size);
-        case STDIN:
+        case FRAME_EXEC:
+            return opens && start_command(a, id, payload, size);
+        case FRAME_CONNECT:
+            return opens && open_socket_stream(a, id, CONNECTION, payload, size);
+        case FRAME_LISTEN:
+            return opens && open_socket_stream(a, id, LISTENER, payload, size);
+        case FRAME_STDIN:
             return take_stdin(s, payload, size);
-        case STDIN_EOF:
-            if (s != NULL) s->stdin_eof = true;
-            return size == 0;
-        case WINDOW:
+        case FRAME_EOF:
+            return take_eof(s, payload, size);
+        case FRAME_WINDOW:
             return take_window(s, payload, size);
-        case SIGNAL:
-            return take_signal(s, payload, size);
+        case FRAME_SIGNAL:
+            return take_signal(a, s, payload, size);
+        case FRAME_RESIZE:
+            return take_resize(s, payload, size);
         default:
             return false;
     }
 }
 
 static size_t largest(int type) {
-    return type == EXEC ? MAX_EXEC : type == STDIN ? MAX_DATA : MAX_CONTROL;
+    return type == FRAME_EXEC ? MAX_EXEC : type == FRAME_STDIN ? MAX_DATA : MAX_CONTROL;
 }
 
 /* Takes the whole frames out of `in`. False: the host broke the protocol. */
@@ -766,51 +767,90 @@ static void greet(struct agent *a, const char *kernel, const struct milestone *m
     struct record r;
     record_start(&r);
     record_add32(&r, TAG_VERSION, VERSION);
-    record_add(&r, TAG_KERNEL, kernel, strlen(kernel));
+    record_add_text(&r, TAG_KERNEL, kernel);
     for (size_t i = 0; i < count; i++) {
         unsigned char value[64];
-        put32(value, (uint32_t)milestones[i].usec);
-        put32(value + 4, (uint32_t)(milestones[i].usec >> 32));
+        put64(value, milestones[i].usec);
         size_t name = strnlen(milestones[i].name, sizeof value - 8);
         memcpy(value + 8, milestones[i].name, name);
         record_add(&r, TAG_MILESTONE, value, 8 + name);
     }
-    record_finish(&r, HELLO, 0);
-    answer(a, r.bytes, r.used);
+    answer_record(a, &r, FRAME_HELLO, 0);
 }
 
-/* Reads from the commands' output pipes in turn, one chunk each, until there is no more room or nothing to read. */
-static void pump_outputs(struct agent *a) {
-    unsigned idle = 0;
-    while (idle < 2 * MAX_STREAMS && out_room(a) >= HEADER + CHUNK + RESERVE) {
-        unsigned turn = a->turn++ % (2 * MAX_STREAMS);
-        struct stream *s = &a->streams[turn / 2];
-        idle = s->id != 0 && pump_output(a, s, turn % 2) ? 0 : idle + 1;
+/* The descriptors to wait for, and what to tell when they are ready. */
+struct polls {
+    struct pollfd fds[2 + 4 * MAX_STREAMS];
+    bool *ready[2 + 4 * MAX_STREAMS];
+    nfds_t count;
+};
+
+static void poll_fd(struct polls *p, int fd, short events, bool *ready) {
+    p->fds[p->count] = (struct pollfd){.fd = fd, .events = events};
+    p->ready[p->count++] = ready;
+}
+
+static void poll_stream(struct polls *p, struct stream *s, bool room, bool answers, bool slot) {
+    if (s->opening) {
+        if (answers) poll_fd(p, s->stdin_fd, POLLOUT, &s->out[0].ready);
+        return;
     }
+    if (s->kind == LISTENER) {
+        if (answers && slot && !s->resting) poll_fd(p, s->out[0].fd, POLLIN, &s->out[0].ready);
+        s->resting = false;
+        return;
+    }
+    if (s->started >= 0 && answers) poll_fd(p, s->started, POLLIN, NULL);
+    for (int k = 0; k < 2 && room; k++)
+        if (wants_output(s, k)) poll_fd(p, s->out[k].fd, POLLIN, &s->out[k].ready);
+    /* At its end it is closed, unless a terminal has yet to take the end's character. */
+    if (s->stdin_fd >= 0 && (s->stdin_used > 0 || s->stdin_eof)) poll_fd(p, s->stdin_fd, POLLOUT, NULL);
 }
 
-static void poll_fd(struct pollfd *polls, nfds_t *count, int fd, short events) {
-    polls[(*count)++] = (struct pollfd){.fd = fd, .events = events};
-}
-
-/* Waits until something can be done. What was ready is found by trying: every descriptor is non-blocking. */
+/* Waits until something can be done. Every descriptor is non-blocking: what can be done is found by trying, and `ready`
+ * only saves the attempts at what is not. */
 static void wait_for_work(struct agent *a) {
-    struct pollfd polls[2 + 4 * MAX_STREAMS];
-    nfds_t count = 0;
-    bool room = out_room(a) >= HEADER + CHUNK + RESERVE, answers = can_answer(a);
-    poll_fd(polls, &count, a->port, (short)((answers ? POLLIN : 0) | (a->out_head < a->out_tail ? POLLOUT : 0)));
-    poll_fd(polls, &count, a->signals, POLLIN);
-    for (int i = 0; i < MAX_STREAMS; i++) {
-        const struct stream *s = &a->streams[i];
-        if (s->id == 0) continue;
-        if (s->started >= 0 && answers) poll_fd(polls, &count, s->started, POLLIN);
-        for (int k = 0; k < 2 && room && s->started < 0; k++)
-            if (s->out[k].fd >= 0 && s->out[k].window > 0) poll_fd(polls, &count, s->out[k].fd, POLLIN);
-        if (s->stdin_fd >= 0 && s->stdin_used > 0) poll_fd(polls, &count, s->stdin_fd, POLLOUT);
-    }
+    struct polls p;
+    const bool room = has_room(a), answers = can_answer(a), slot = free_slot(a) != NULL;
+    p.count = 0;
+    poll_fd(&p, a->port, (short)((answers ? POLLIN : 0) | (a->out_head < a->out_tail ? POLLOUT : 0)), NULL);
+    poll_fd(&p, a->signals, POLLIN, NULL);
+    for (int i = 0; i < MAX_STREAMS; i++)
+        if (a->streams[i].id != 0) poll_stream(&p, &a->streams[i], room, answers, slot);
+    if (poll(p.fds, p.count, -1) <= 0) return;
+    for (nfds_t i = 0; i < p.count; i++)
+        if (p.ready[i] != NULL && p.fds[i].revents != 0) *p.ready[i] = true;
     /* That the host is gone is found by reading. While the port is full it is not read; nor need a write fail then: a
      * virtio port without a host is just never writable, and poll would say over and over that it has hung up. */
-    if (poll(polls, count, -1) > 0 && !answers && (polls[0].revents & (POLLHUP | POLLERR))) a->shutdown = true;
+    if (!answers && (p.fds[0].revents & (POLLHUP | POLLERR))) a->shutdown = true;
+}
+
+/* What is to be done for a stream besides reading its output. */
+static void pump_stream(struct agent *a, struct stream *s) {
+    if (s->started >= 0) finish_start(a, s);
+    if (s->opening) finish_opening(a, s);
+    if (s->id != 0 && s->kind == LISTENER) pump_listener(a, s);
+    if (s->id != 0) pump_stdin(a, s);
+}
+
+static void finish_stream(struct agent *a, struct stream *s) {
+    if (s->kind == COMMAND) finish_command(a, s);
+    if (s->kind == CONNECTION) finish_connection(a, s);
+}
+
+/* Out of the OOM killer's sight, and with as many descriptors as there may be: those of all streams are more than the
+ * usual limit. */
+static void prepare_self(struct agent *a) {
+    int file = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+    if (file >= 0) {
+        (void)!write(file, "-1000", 5);
+        close(file);
+    }
+    getrlimit(RLIMIT_NOFILE, &a->place.files);
+    setrlimit(RLIMIT_NOFILE, &(struct rlimit){a->place.files.rlim_max, a->place.files.rlim_max});
+    a->place.pids = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
+    a->place.init_fd = a->place.init_started = -1;
+    cgroups_open(&a->cgroups);
 }
 
 int agent_serve(int port, const char *kernel, const struct milestone *milestones, size_t count) {
@@ -822,6 +862,7 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
     sigprocmask(SIG_BLOCK, &child, NULL);
     signal(SIGPIPE, SIG_IGN);
     memset(a, 0, sizeof *a);
+    prepare_self(a);
     a->port = port;
     a->signals = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
     fcntl(port, F_SETFL, O_NONBLOCK);
@@ -830,13 +871,11 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
     while (good && !a->shutdown) {
         good = take_large(a) && take_input(a);
         if (!good || a->shutdown) break;
-        for (int i = 0; i < MAX_STREAMS; i++) {
-            struct stream *s = &a->streams[i];
-            if (s->id != 0 && s->started >= 0) finish_start(a, s);
-            if (s->id != 0) pump_stdin(a, s);
-        }
+        for (int i = 0; i < MAX_STREAMS; i++)
+            if (a->streams[i].id != 0) pump_stream(a, &a->streams[i]);
         pump_outputs(a);
-        for (int i = 0; i < MAX_STREAMS; i++) finish_if_ended(a, &a->streams[i]);
+        for (int i = 0; i < MAX_STREAMS; i++)
+            if (a->streams[i].id != 0) finish_stream(a, &a->streams[i]);
         /* All of the above is done before the wait, which knows of no work that is left. What waits for room is left
          * if the port takes nothing, and then poll tells when it does; otherwise it is done now. */
         bool full = !can_answer(a);
@@ -850,9 +889,12 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
     }
     for (int i = 0; i < MAX_STREAMS; i++)
         if (a->streams[i].id != 0) {
-            send_signal(&a->streams[i], SIGKILL, true);
+            if (a->streams[i].kind == COMMAND) send_signal(a, &a->streams[i], SIGKILL, SIGNAL_ALL);
             free_stream(&a->streams[i]);
         }
+    leave_init(&a->place);
+    close_fd(&a->place.pids);
+    cgroups_close(&a->cgroups);
     free(a->large);
     close_fd(&a->signals);
     if (!good) {
@@ -865,7 +907,7 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
 
 void agent_report(int port, int error, const char *stage, const char *text) {
     struct record r;
-    record_error(&r, 0, error, stage, text);
+    make_error(&r, 0, error, stage, text);
     fcntl(port, F_SETFL, 0);
     for (size_t done = 0; done < r.used;) {
         ssize_t n = write(port, r.bytes + done, r.used - done);

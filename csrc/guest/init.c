@@ -4,33 +4,47 @@
  *   vmette.rootfs_block=FSTYPE        the root is the first virtio disk, /dev/vda
  *   vmette.rootfs_share=TYPE:TAG      the root is a share; TYPE is virtiofs or 9p
  *   vmette.rootfs_ro                  the root, overlay and all, is read-only for the command
- *   vmette.share=TYPE:TAG:ro|rw       a share at /mnt/TAG; may be repeated
+ *   vmette.scratch=/dev/vdX           an ext4 disk for what is written to the root, and for /tmp, in place of memory
+ *   vmette.share=TYPE:TAG:ro|rw[:DIR] a share at DIR, or else at /mnt/TAG; may be repeated
  *   vmette.hostname=NAME
- * The root is always an overlay: the block image or share below is never written to, changes go to a tmpfs.
+ *   vmette.net=HOW                    brings up the network card: see network.h
+ *   vmette.pids=N                     the most processes and threads that all commands together may have
+ *   vmette.nofile=N                   the most files that each process of a command may have open
+ *   vmette.helpers                    vsock-send and vsock-runner, in /usr/local/bin of whatever root it is
+ * DIR has %XX in place of what is no letter, digit, `/`, `.`, `_` or `-`.
+ *
+ * The root is always an overlay: the block image or share below is never written to, changes go to a tmpfs or to the
+ * scratch disk.
  *
  * Every failure is told on the control port and powers the machine off: there is no shell to fall into.
  */
 #define _GNU_SOURCE
 #include "agent.h"
 
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <net/if.h>
+#include <linux/openat2.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
-#include <sys/socket.h>
+#include <sys/resource.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysinfo.h>
 #include <sys/sysmacros.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "cgroup.h"
+#include "network.h"
 
 enum { MAX_SHARES = 32, CMDLINE = 8192 };
 
@@ -120,7 +134,7 @@ static bool make_dir(const char *path, mode_t mode) {
 /* --- The root filesystem ------------------------------------------------------------------------------------------- */
 
 struct share {
-    const char *type, *tag;
+    const char *type, *tag, *target;
     bool read_only;
 };
 
@@ -128,33 +142,55 @@ struct plan {
     const char *block_type;
     struct share root;
     bool root_read_only;
+    const char *scratch;
     const char *hostname;
+    char *net;
+    unsigned long pids, nofile; /* 0: as it is by default */
+    bool helpers;
     struct share shares[MAX_SHARES];
     size_t share_count;
 };
 
-static void mount_share(const struct share *s, const char *target) {
-    unsigned long flags = s->read_only ? MS_RDONLY : 0;
-    if (strcmp(s->type, "virtiofs") == 0)
-        must_mount(s->tag, target, "virtiofs", flags, NULL);
-    else if (strcmp(s->type, "9p") == 0)
-        must_mount(s->tag, target, "9p", flags, "trans=virtio,version=9p2000.L,msize=512000,cache=mmap,access=client");
-    else
+/* Mounts it at `where`, which is its target unless the path to that is not to be walked again. */
+static void mount_share(const struct share *s, const char *where) {
+    const char *options = NULL;
+    if (strcmp(s->type, "9p") == 0)
+        options = "trans=virtio,version=9p2000.L,msize=512000,cache=mmap,access=client";
+    else if (strcmp(s->type, "virtiofs") != 0)
         fail("cmdline", "share type %s is not known", s->type);
+    if (mount(s->tag, where, s->type, s->read_only ? MS_RDONLY : 0, options) != 0)
+        fail("mount", "cannot mount %s (%s) at %s", s->tag, s->type, s->target != NULL ? s->target : where);
+}
+
+/* Puts back what cmdline.py has escaped, in place. */
+static void unescape(char *text) {
+    char *to = text;
+    for (const char *from = text; *from != 0; from++) {
+        char digits[3] = {from[0] == '%' ? from[1] : 0}, *end = digits;
+        if (digits[0] != 0) digits[1] = from[2];
+        unsigned long byte = strtoul(digits, &end, 16);
+        bool escaped = end == digits + 2;
+        *to++ = escaped ? (char)byte : *from;
+        if (escaped) from += 2;
+    }
+    *to = 0;
 }
 
 static struct share parse_share(char *text) {
-    struct share s = {.type = text};
-    char *tag = strchr(text, ':');
-    if (tag == NULL) fail("cmdline", "share %s has no tag", text);
-    *tag++ = 0;
-    s.tag = tag;
-    char *access = strchr(tag, ':');
-    if (access != NULL) {
-        *access++ = 0;
-        s.read_only = strcmp(access, "rw") != 0;
-    }
+    struct share s = {.type = strsep(&text, ":"), .tag = strsep(&text, ":")};
+    if (s.tag == NULL) fail("cmdline", "share %s has no tag", s.type);
+    const char *access = strsep(&text, ":");
+    s.read_only = access != NULL && strcmp(access, "rw") != 0;
+    if (text != NULL) unescape(text);
+    s.target = text;
     return s;
+}
+
+static unsigned long parse_limit(const char *name, const char *text) {
+    char *end;
+    unsigned long limit = strtoul(text, &end, 10);
+    if (*text < '1' || *text > '9' || *end != 0) fail("cmdline", "%s=%s is no number", name, text);
+    return limit;
 }
 
 static char *value_of(char *token, const char *name) {
@@ -179,8 +215,18 @@ static void read_plan(struct plan *plan) {
             plan->root = parse_share(value);
         else if (strcmp(token, "vmette.rootfs_ro") == 0)
             plan->root_read_only = true;
+        else if ((value = value_of(token, "vmette.scratch=")) != NULL)
+            plan->scratch = value;
         else if ((value = value_of(token, "vmette.hostname=")) != NULL)
             plan->hostname = value;
+        else if ((value = value_of(token, "vmette.net=")) != NULL)
+            plan->net = value;
+        else if ((value = value_of(token, "vmette.pids=")) != NULL)
+            plan->pids = parse_limit("vmette.pids", value);
+        else if ((value = value_of(token, "vmette.nofile=")) != NULL)
+            plan->nofile = parse_limit("vmette.nofile", value);
+        else if (strcmp(token, "vmette.helpers") == 0)
+            plan->helpers = true;
         else if ((value = value_of(token, "vmette.share=")) != NULL) {
             if (plan->share_count == MAX_SHARES) fail("cmdline", "more than %d shares", MAX_SHARES);
             plan->shares[plan->share_count++] = parse_share(value);
@@ -189,7 +235,7 @@ static void read_plan(struct plan *plan) {
     if (plan->block_type == NULL && plan->root.tag == NULL) fail("cmdline", "no root filesystem is named");
 }
 
-/* Lower (read-only), upper (tmpfs) and the overlay of both at /new. */
+/* Lower (read-only), upper (tmpfs, or the scratch disk) and the overlay of both at /new. */
 static void mount_root(const struct plan *plan) {
     make_dir("/lower", 0755);
     make_dir("/upper", 0755);
@@ -201,7 +247,10 @@ static void mount_root(const struct plan *plan) {
         lower.read_only = true;
         mount_share(&lower, "/lower");
     }
-    must_mount("upper", "/upper", "tmpfs", 0, "mode=0755");
+    if (plan->scratch != NULL) /* what is deleted there gives its space back to the host */
+        must_mount(plan->scratch, "/upper", "ext4", MS_NOATIME, "discard");
+    else
+        must_mount("upper", "/upper", "tmpfs", 0, "mode=0755");
     make_dir("/upper/data", 0755);
     make_dir("/upper/work", 0755);
     struct stat st;
@@ -210,6 +259,12 @@ static void mount_root(const struct plan *plan) {
         chmod("/upper/data", st.st_mode & 07777);
     }
     must_mount("overlay", "/new", "overlay", 0, "lowerdir=/lower,upperdir=/upper/data,workdir=/upper/work");
+    if (plan->scratch != NULL) {
+        make_dir("/upper/tmp", 01777);
+        if (!make_dir("/new/tmp", 01777)) fail("mount", "cannot make /tmp in the root filesystem");
+        must_mount("/upper/tmp", "/new/tmp", NULL, MS_BIND, NULL);
+        must_mount("/upper/tmp", "/new/tmp", NULL, MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | MS_NOATIME, NULL);
+    }
 }
 
 static void move_into_root(const char *from, const char *to) {
@@ -237,12 +292,12 @@ static void mount_in_root(const char *source, const char *target, const char *ty
 }
 
 /* What every Linux program expects to find mounted, beside what mount_kernel has. */
-static void mount_system(void) {
+static void mount_system(const struct plan *plan) {
     mount_in_root("cgroup2", "/sys/fs/cgroup", "cgroup2", safe, "nsdelegate");
     mount_in_root("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "mode=0620,gid=5,ptmxmode=0666");
     mount_in_root("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
     mount_in_root("run", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755");
-    mount_in_root("tmp", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
+    if (plan->scratch == NULL) mount_in_root("tmp", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
     static const char *const links[][2] = {{"/proc/self/fd", "/dev/fd"},
                                            {"/proc/self/fd/0", "/dev/stdin"},
                                            {"/proc/self/fd/1", "/dev/stdout"},
@@ -265,35 +320,147 @@ static void mount_kernel(void) {
     port_list = open("/sys/class/virtio-ports", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
-static void mount_shares(const struct plan *plan) {
-    if (plan->share_count > 0 && !make_dir("/mnt", 0755)) fail("mount", "cannot make /mnt in the root filesystem");
-    for (size_t i = 0; i < plan->share_count; i++) {
-        char target[128];
-        snprintf(target, sizeof target, "/mnt/%s", plan->shares[i].tag);
-        if (!make_dir(target, 0755)) fail("mount", "cannot make %s in the root filesystem", target);
-        mount_share(&plan->shares[i], target);
+/* Opens a directory, but through no link to what a process holds open or has for its root. */
+static int open_dir(const char *path) {
+    struct open_how how = {.flags = O_PATH | O_DIRECTORY | O_CLOEXEC, .resolve = RESOLVE_NO_MAGICLINKS};
+    return (int)syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof how);
+}
+
+/* Enters a directory of the root, given by its absolute path, and makes what is missing of it. Links of the image are
+ * followed, as container engines do it: /var/run is /run there, and the root is where each of them ends. */
+static void enter_dir(const char *path) {
+    char part[CMDLINE];
+    snprintf(part, sizeof part, "%s", path);
+    if (chdir("/") != 0) fail("mount", "cannot enter the root filesystem");
+    for (char *end = part; end != NULL;) {
+        char *name = end + 1;
+        end = strchr(name, '/');
+        if (end != NULL) *end = 0;
+        int fd = open_dir(part);
+        if (fd < 0 && errno == ENOENT && mkdir(name, 0755) == 0) fd = open_dir(part);
+        if (fd < 0 || fchdir(fd) != 0) fail("mount", "cannot make %s in the root filesystem", path);
+        close(fd);
+        if (end != NULL) *end = '/';
     }
+}
+
+static void mount_shares(const struct plan *plan) {
+    for (size_t i = 0; i < plan->share_count; i++) {
+        struct share s = plan->shares[i];
+        char usual[128];
+        snprintf(usual, sizeof usual, "/mnt/%s", s.tag);
+        if (s.target == NULL) s.target = usual;
+        enter_dir(s.target);
+        mount_share(&s, ".");
+    }
+    if (chdir("/") != 0) fail("mount", "cannot enter the root filesystem");
+}
+
+/* Programs for the workload, which the initramfs brings along: the image need not have them. They are opened before the
+ * root changes. */
+static const char *const helpers[] = {"vsock-send", "vsock-runner"};
+enum { HELPERS = sizeof helpers / sizeof *helpers };
+static int helper_files[HELPERS];
+
+static void open_helpers(void) {
+    for (size_t i = 0; i < HELPERS; i++)
+        if ((helper_files[i] = open(helpers[i], O_RDONLY | O_CLOEXEC)) < 0)
+            fail("helpers", "the initramfs has no %s", helpers[i]);
+}
+
+static void install_helpers(void) {
+    enter_dir("/usr/local/bin");
+    for (size_t i = 0; i < HELPERS; i++) {
+        int fd = open(helpers[i], O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0755);
+        struct stat st;
+        if (fd < 0 && errno == EEXIST) continue; /* the image's own */
+        if (fd < 0 || fstat(helper_files[i], &st) != 0 ||
+            sendfile(fd, helper_files[i], NULL, (size_t)st.st_size) != st.st_size)
+            fail("helpers", "cannot install /usr/local/bin/%s", helpers[i]);
+        close(fd);
+        close(helper_files[i]);
+    }
+    if (chdir("/") != 0) fail("mount", "cannot enter the root filesystem");
 }
 
 /* --- The rest of the system ---------------------------------------------------------------------------------------- */
 
-static void loopback_up(void) {
-    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING};
-    if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &request) != 0) fail("network", "cannot bring up loopback");
+static void write_to(const char *path, const char *text) {
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0 || write(fd, text, strlen(text)) < 0) fail("limits", "cannot write %s to %s", text, path);
     close(fd);
 }
 
-/* /etc/hosts is ours, as under container engines. A link that the image put there is replaced, never followed. */
-static void write_hosts(const char *hostname) {
+/* Half of the threads that the kernel sees fit for this much memory, and enough for anybody. */
+static unsigned long usual_pids(void) {
+    char text[32] = "";
+    int fd = open("/proc/sys/kernel/threads-max", O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || read(fd, text, sizeof text - 1) <= 0) fail("limits", "cannot read /proc/sys/kernel/threads-max");
+    close(fd);
+    unsigned long half = strtoul(text, NULL, 10) / 2;
+    return half < 4096 ? half : 4096;
+}
+
+/* What memory commands may have together: all but a sixteenth, and no less than 16 MiB left for the agent (2 MiB, and what
+ * waits for the stdin of commands: 256 KiB for each) and for what the kernel charges to nobody. Whoever wants more is
+ * killed, and the agent is there to say so. */
+static uint64_t usual_memory(void) {
+    struct sysinfo info;
+    if (sysinfo(&info) != 0) fail("limits", "cannot find out how much memory there is");
+    uint64_t total = (uint64_t)info.totalram * info.mem_unit, least = 16 << 20;
+    uint64_t reserve = total / 16 > least ? total / 16 : least;
+    return total > 2 * reserve ? total - reserve : total / 2;
+}
+
+/* The cgroup for commands: the agent makes one for each in it. As the agent stays outside, it gets as much of the
+ * processors as all commands together, however many they are. */
+static void limit_commands(const struct plan *plan) {
+    static const char controllers[] = "+cpu +memory +pids";
+    char text[32];
+    write_to("/sys/fs/cgroup/cgroup.subtree_control", controllers);
+    if (!make_dir(CGROUP_PARENT, 0755)) fail("limits", "cannot make %s", CGROUP_PARENT);
+    write_to(CGROUP_PARENT "/cgroup.subtree_control", controllers);
+    snprintf(text, sizeof text, "%lu", plan->pids != 0 ? plan->pids : usual_pids());
+    write_to(CGROUP_PARENT "/pids.max", text);
+    snprintf(text, sizeof text, "%llu", (unsigned long long)usual_memory());
+    write_to(CGROUP_PARENT "/memory.max", text);
+    struct rlimit files = {plan->nofile, plan->nofile};
+    if (plan->nofile != 0 && setrlimit(RLIMIT_NOFILE, &files) != 0)
+        fail("limits", "cannot limit open files to %lu", plan->nofile);
+}
+
+/* Opens a file of /etc that is ours to write, as under container engines. A link that the image put there is replaced,
+ * never followed; -1 if /etc itself is one: such an image keeps what it has. */
+static int open_own(const char *path) {
     struct stat st;
+    if (!make_dir("/etc", 0755)) return -1;
+    if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode)) unlink(path);
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0644);
+    if (fd < 0) fail("mount", "cannot write %s", path);
+    return fd;
+}
+
+static void write_hosts(const char *hostname) {
     if (sethostname(hostname, strlen(hostname)) != 0) fail("hostname", "cannot set the host name to %s", hostname);
-    if (!make_dir("/etc", 0755)) return; /* an image with /etc as a link keeps what it has */
-    if (lstat("/etc/hosts", &st) == 0 && !S_ISREG(st.st_mode)) unlink("/etc/hosts");
-    int fd = open("/etc/hosts", O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0644);
-    if (fd < 0) fail("hostname", "cannot write /etc/hosts");
+    int fd = open_own("/etc/hosts");
+    if (fd < 0) return;
     dprintf(fd, "127.0.0.1\tlocalhost %s\n::1\tlocalhost ip6-localhost ip6-loopback\n", hostname);
     close(fd);
+}
+
+static void write_resolv_conf(const struct lease *lease) {
+    int fd = lease->dns_count > 0 ? open_own("/etc/resolv.conf") : -1;
+    if (fd < 0) return;
+    for (size_t i = 0; i < lease->dns_count; i++) dprintf(fd, "nameserver %s\n", inet_ntoa(lease->dns[i]));
+    close(fd);
+}
+
+static void start_network(const struct plan *plan) {
+    struct lease lease;
+    const char *problem = loopback_up();
+    if (problem == NULL && plan->net != NULL) problem = network_up(plan->net, &lease);
+    if (problem != NULL) fail("network", "%s", problem);
+    if (plan->net != NULL) write_resolv_conf(&lease);
 }
 
 int main(void) {
@@ -302,12 +469,15 @@ int main(void) {
     mount_kernel();
     static struct plan plan;
     read_plan(&plan);
+    if (plan.helpers) open_helpers();
     mount_root(&plan);
     reached("root");
     enter_root();
-    mount_system();
+    mount_system(&plan);
     mount_shares(&plan);
-    loopback_up();
+    if (plan.helpers) install_helpers();
+    limit_commands(&plan);
+    start_network(&plan);
     write_hosts(plan.hostname);
     if (plan.root_read_only && mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL) != 0)
         fail("mount", "cannot make the root filesystem read-only");

@@ -14,9 +14,21 @@ COMMON = ("console=hvc0", "quiet", "panic=-1")
 # The microvm has no PCI bus to look for.
 X86 = ("pci=off",)
 
+PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789/._-")
+"""What a path can have that is not escaped."""
 
-def kernel_cmdline(config: MachineConfig, accel: str, root_type: str, shares: Sequence[tuple[Share, str]]) -> str:
-    """The whole line. Types of the directory root and of each share are `virtiofs` or `9p`.
+
+def kernel_cmdline(
+    config: MachineConfig, accel: str, root_type: str, shares: Sequence[tuple[Share, str]], network: str = ""
+) -> str:
+    """The whole line.
+
+    Args:
+        config: The machine's.
+        accel: `kvm` or `tcg`.
+        root_type: Of a directory root, `virtiofs` or `9p`.
+        shares: The shares, each with its type.
+        network: How the network card gets its address (csrc/guest/network.h); empty if there is none.
 
     Raises:
         ConfigError: it is longer than the kernel takes.
@@ -30,7 +42,24 @@ def kernel_cmdline(config: MachineConfig, accel: str, root_type: str, shares: Se
         tokens.append(f"vmette.rootfs_share={root_type}:{ROOT_TAG}")
     if config.root_read_only:
         tokens.append("vmette.rootfs_ro")
-    tokens += [f"vmette.share={kind}:{s.tag}:{'ro' if s.read_only else 'rw'}" for s, kind in shares]
+    # One that lies within another is mounted after it.
+    for share, kind in sorted(shares, key=lambda each: (each[0].target or "").count("/")):
+        target = f":{escape(share.target)}" if share.target is not None else ""
+        tokens.append(f"vmette.share={kind}:{share.tag}:{'ro' if share.read_only else 'rw'}{target}")
+    if config.scratch_mib is not None:  # the last of the disks
+        tokens.append(
+            f"vmette.scratch=/dev/vd{chr(ord('a') + isinstance(config.root, BlockImage) + len(config.disks))}"
+        )
+    if config.hostname != "vmette":
+        tokens.append(f"vmette.hostname={config.hostname}")
+    if config.pids is not None:
+        tokens.append(f"vmette.pids={config.pids}")
+    if config.nofile is not None:
+        tokens.append(f"vmette.nofile={config.nofile}")
+    if config.guest_helpers:
+        tokens.append("vmette.helpers")
+    if network:
+        tokens.append(f"vmette.net={network}")
     if config.cmdline:
         tokens.append(config.cmdline)
     line = " ".join(tokens)
@@ -38,6 +67,11 @@ def kernel_cmdline(config: MachineConfig, accel: str, root_type: str, shares: Se
     if size > CMDLINE_BYTES:
         raise ConfigError(f"the kernel command line is {size} bytes long; at most {CMDLINE_BYTES} fit")
     return line
+
+
+def escape(path: str) -> str:
+    """`path` as one word, with %XX for the bytes that would be none."""
+    return "".join(chr(byte) if byte in PLAIN else f"%{byte:02X}" for byte in os.fsencode(path))
 
 
 def _x86_clocks() -> list[str]:

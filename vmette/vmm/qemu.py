@@ -8,13 +8,14 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import assets
-from ..config import ROOT_TAG, MachineConfig, Share
-from ..errors import ProtocolError, VmmError
+from ..config import FIRST_CID, LAST_CID, ROOT_TAG, MachineConfig, Share
+from ..errors import ConfigError, ProtocolError, VmmError, reason
 from ..protocol import Connection
 from ..providers.base import BlockImage, Directory
 from . import probe
@@ -27,14 +28,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KVM = Path("/dev/kvm")
+VHOST_VSOCK = Path("/dev/vhost-vsock")
 PROBE_SECONDS = 5.0
+PASST_DNS = "169.254.53.53"
+"""Where the guest asks for names: passt hands that to the host's resolver, which may listen on the host's loopback
+alone."""
 
 # Descriptors of the QEMU process.
-CONTROL_FD, CONSOLE_FD, FIRST_SHARE_FD = 3, 4, 5
+CONTROL_FD, CONSOLE_FD, FIRST_FREE_FD = 3, 4, 5
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 MACHINES = {"x86_64": "microvm,acpi=on,isa-serial=off,rtc=on", "aarch64": "virt,gic-version=3"}
+MAX_DEVICES = {"x86_64": 23, "aarch64": 32}
+"""Places for virtio-mmio devices (QEMU's hw/i386/microvm.c and hw/arm/virt.c). microvm has one more, but with that one
+taken no guest boots."""
 FIRMWARE = {"x86_64": ["-bios", "qboot.rom"], "aarch64": []}
 """qboot does nothing but start a kernel. (With microvm's SeaBIOS our kernel starts under QEMU 7.2 and not under 10.)"""
 CPUS = {"x86_64": "max", "aarch64": "max,pauth-impdef=on"}
@@ -130,6 +138,62 @@ def file_server(accel: str) -> virtiofsd.Virtiofsd | None:
     return virtiofsd.find()
 
 
+def open_vsock() -> int:
+    """The host's side of a vsock device, which has to be opened for each VM.
+
+    Raises:
+        VmmError: this host has none, or not for this user.
+    """
+    try:
+        return os.open(VHOST_VSOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise VmmError(f"{VHOST_VSOCK} does not exist; is the kernel module vhost_vsock loaded?") from None
+    except OSError as error:
+        raise VmmError(f"{VHOST_VSOCK} cannot be opened: {reason(error)}") from error
+
+
+def new_vsock_cid() -> int | None:
+    """A context id for a VM's vsock device, most likely free; None where this host has no such devices to give."""
+    import random
+
+    try:
+        os.close(open_vsock())
+    except VmmError as error:
+        logger.debug("vsock goes through the guest's agent: %s", error)
+        return None
+    return random.SystemRandom().randint(FIRST_CID, LAST_CID)
+
+
+def make_scratch(mib: int) -> int:
+    """An ext4 file system of that size in a sparse file without a name, which is gone when the last user of it is.
+
+    Raises:
+        VmmError: it cannot be made in the cache directory.
+    """
+    import tempfile
+
+    from ..images.ext4 import format_ext4
+
+    directory = assets.cache_root() / "scratch"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            format_ext4(file.fileno(), mib << 20)
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise VmmError(f"cannot make a scratch disk of {mib} MiB in {directory}: {reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a VM gets as open descriptors: their numbers in QEMU."""
+
+    scratch: int | None = None
+    passt: int | None = None
+    """None if the network is to be QEMU's own."""
+    vsock: int | None = None
+
+
 class QemuMachine:
     """A running VM: its control port, its console, QEMU's own complaints, and an end.
 
@@ -142,7 +206,8 @@ class QemuMachine:
         self.config = config
         self.accel = accel
         self._daemons: list[virtiofsd.Daemon] = []
-        with ExitStack() as undo:
+        self._passt: Child | None = None
+        with ExitStack() as undo, ExitStack() as theirs:
             undo.callback(self._end_daemons)
             self.control, control = socket.socketpair()
             undo.callback(self.control.close)
@@ -150,18 +215,16 @@ class QemuMachine:
             undo.callback(self.console.close)
             self.errors, errors = os.pipe()
             undo.callback(os.close, self.errors)
+            theirs.callback(os.close, errors)
             null = os.open(os.devnull, os.O_RDONLY)
-            with control, console:
-                try:
-                    argv = command_line(config, accel, partial(self._serve, errors=errors))
-                    fds = {0: null, 1: errors, 2: errors, CONTROL_FD: control.fileno(), CONSOLE_FD: console.fileno()}
-                    for number, daemon in enumerate(self._daemons, FIRST_SHARE_FD):
-                        fds[number] = daemon.connection.fileno()
-                    logger.debug("%s", argv)
-                    self.child: Child = spawn(argv, fds, {"PATH": "/usr/bin:/bin"})
-                finally:
-                    os.close(null)
-                    os.close(errors)
+            theirs.callback(os.close, null)
+            self._fds = {0: null, 1: errors, 2: errors}
+            self._fds[CONTROL_FD] = theirs.enter_context(control).fileno()
+            self._fds[CONSOLE_FD] = theirs.enter_context(console).fileno()
+            attached = self._attach(theirs, errors)
+            argv = command_line(config, accel, partial(self._serve, errors=errors), attached)
+            logger.debug("%s", argv)
+            self.child: Child = spawn(argv, self._fds, {"PATH": "/usr/bin:/bin"})
             for daemon in self._daemons:
                 daemon.connection.close()
             undo.pop_all()
@@ -185,6 +248,34 @@ class QemuMachine:
     def _end_daemons(self) -> None:
         while self._daemons:
             self._daemons.pop().close()
+        if self._passt is not None:
+            self._passt.kill()
+
+    def _pass_on(self, fd: int) -> int:
+        """Has QEMU inherit a descriptor; returns its number there."""
+        number = max(self._fds.keys() | {FIRST_FREE_FD - 1}) + 1
+        self._fds[number] = fd
+        return number
+
+    def _attach(self, theirs: ExitStack, errors: int) -> Attached:
+        """Makes ready what the VM gets as descriptors; ours of them are closed with `theirs`."""
+
+        def own(fd: int) -> int:
+            theirs.callback(os.close, fd)
+            return self._pass_on(fd)
+
+        scratch = network = vsock = None
+        if self.config.scratch_mib is not None:
+            scratch = own(make_scratch(self.config.scratch_mib))
+        if self.config.network:
+            from . import passt
+
+            if (program := passt.find()) is not None:
+                self._passt, connection = passt.start(program, PASST_DNS, errors)
+                network = self._pass_on(theirs.enter_context(connection).fileno())
+        if self.config.vsock_cid is not None:
+            vsock = own(open_vsock())
+        return Attached(scratch, network, vsock)
 
     @property
     def ends(self) -> list[int]:
@@ -195,8 +286,9 @@ class QemuMachine:
         """See `Serve`. What is read-only is so on this side of the device."""
         program = file_server(self.accel)
         if program is not None and program.can_serve(path, read_only=read_only):
-            number = FIRST_SHARE_FD + len(self._daemons)
-            self._daemons.append(program.serve(path, read_only=read_only, stderr=errors))
+            daemon = program.serve(path, read_only=read_only, stderr=errors)
+            self._daemons.append(daemon)
+            number = self._pass_on(daemon.connection.fileno())
             name = f"fs{number}"
             device = f"vhost-user-fs-device,chardev={name},tag={tag},queue-size=1024"
             return "virtiofs", [*_serial(number, name), "-device", device]
@@ -213,13 +305,14 @@ Serve = Callable[[Path, str, bool], "tuple[str, list[str]]"]
 """Makes a directory ready to be shared by a tag, read-only or not: the kind of share and QEMU's arguments for it."""
 
 
-def command_line(config: MachineConfig, accel: str, serve: Serve) -> list[str]:
+def command_line(config: MachineConfig, accel: str, serve: Serve, attached: Attached | None = None) -> list[str]:
     """QEMU's command line for `config`.
 
     Raises:
         VmmError: QEMU is not installed.
-        ConfigError: the kernel command line is too long.
+        ConfigError: the kernel command line is too long, or there are more devices than places for them.
     """
+    attached = attached or Attached()
     argv = [str(binary(config.arch)), "-accel", accel, "-cpu", "host" if accel == "kvm" else CPUS[config.arch]]
     argv += ["-m", f"{config.mem_mib}M", "-smp", str(config.vcpus)]
     argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-sandbox", SANDBOX]
@@ -231,23 +324,45 @@ def command_line(config: MachineConfig, accel: str, serve: Serve) -> list[str]:
     argv += ["-device", "virtserialport,chardev=control,name=vmette.control"]
     argv += ["-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng"]
     root_type = ""
+    disks: list[list[str]] = []
     if isinstance(config.root, BlockImage):
-        argv += _disk(config.root.path, "root")
+        file = {"driver": "file", "filename": str(config.root.path.absolute())}
+        disks.append(_disk("root", file, read_only=True))
     elif isinstance(config.root, Directory):
         root_type, arguments = serve(config.root.path, ROOT_TAG, True)
         argv += arguments
+    for number, disk in enumerate(config.disks):
+        file = {"driver": "host_device" if disk.is_device else "file", "filename": str(disk.path.absolute())}
+        disks.append(_disk(f"disk{number}", file, read_only=disk.read_only))
+    if attached.scratch is not None:
+        argv += ["-add-fd", f"fd={attached.scratch},set=1"]
+        disks.append(_disk("scratch", {"driver": "file", "filename": "/dev/fdset/1"}, flush=False))
+    # The kernel names disks as it finds them, which on Arm's machine is backwards.
+    for arguments in reversed(disks) if config.arch == "aarch64" else disks:
+        argv += arguments
+    network = ""
+    if config.network:
+        network = "dhcp" if attached.passt is None else f"dhcp,{PASST_DNS}"
+        backend = "user,ipv6=off" if attached.passt is None else f"socket,fd={attached.passt}"
+        argv += ["-netdev", f"{backend},id=net", "-device", "virtio-net-device,netdev=net"]
+    if attached.vsock is not None:
+        argv += ["-device", f"vhost-vsock-device,guest-cid={config.vsock_cid},vhostfd={attached.vsock}"]
     shares: list[tuple[Share, str]] = []
     for share in config.shares:
         kind, arguments = serve(share.path, share.tag, share.read_only)
         argv += arguments
         shares.append((share, kind))
+    # Each device has a place of its own but for the two ports, which are of virtio-serial.
+    devices = argv.count("-device") - 2
+    if devices > MAX_DEVICES[config.arch]:
+        raise ConfigError(f"{devices} shares, disks and other devices: there is room for {MAX_DEVICES[config.arch]}")
     machine = MACHINES[config.arch]
     if "virtiofs" in {root_type, *(kind for _, kind in shares)}:  # virtiofsd answers in the guest's own memory
         argv += ["-object", f"memory-backend-memfd,id=memory,size={config.mem_mib}M,share=on"]
         machine += ",memory-backend=memory"
     argv += ["-M", machine, *FIRMWARE[config.arch]]
     argv += ["-kernel", str(config.kernel_path), "-initrd", str(config.initramfs_path)]
-    return [*argv, "-append", kernel_cmdline(config, accel, root_type, shares)]
+    return [*argv, "-append", kernel_cmdline(config, accel, root_type, shares, network)]
 
 
 def _comma(path: Path) -> str:
@@ -259,7 +374,17 @@ def _serial(fd: int, name: str) -> tuple[str, str]:
     return "-chardev", f"socket,id={name},fd={fd}"
 
 
-def _disk(path: Path, name: str) -> list[str]:
-    file = {"driver": "file", "filename": str(path.absolute()), "read-only": True}
-    node = {"driver": "raw", "node-name": name, "read-only": True, "file": file}
-    return ["-blockdev", json.dumps(node, ensure_ascii=False), "-device", f"virtio-blk-device,drive={name}"]
+def _disk(name: str, file: dict[str, Any], *, read_only: bool = False, flush: bool = True) -> list[str]:
+    """A virtio disk from QEMU's block node for a `file`.
+
+    A host without room for what the guest writes is told to the guest: QEMU would rather stop it until there is room.
+    What the guest discards is given back. Without `flush` nothing is ever forced out to the host's disk.
+    """
+    options: dict[str, Any] = {"read-only": read_only}
+    if not read_only:
+        options["discard"] = "unmap"
+    if not flush:
+        options["cache"] = {"no-flush": True}
+    node = {"driver": "raw", "node-name": name, **options, "file": {**file, **options}}
+    device = f"virtio-blk-device,drive={name}{'' if read_only else ',werror=report'}"
+    return ["-blockdev", json.dumps(node, ensure_ascii=False), "-device", device]

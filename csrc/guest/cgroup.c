@@ -1,0 +1,90 @@
+#define _GNU_SOURCE
+#include "cgroup.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+void cgroups_open(struct cgroups *g) {
+    g->parent = open(CGROUP_PARENT, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    g->left_count = 0;
+}
+
+void cgroups_close(struct cgroups *g) {
+    if (g->parent >= 0) close(g->parent);
+    g->parent = -1;
+}
+
+static int open_file(const struct cgroups *g, uint32_t id, const char *file, int flags) {
+    char path[64];
+    snprintf(path, sizeof path, "%u/%s", id, file);
+    return g->parent < 0 ? -1 : openat(g->parent, path, flags | O_NOFOLLOW | O_CLOEXEC);
+}
+
+/* Reads a small file as text. */
+static bool read_file(const struct cgroups *g, uint32_t id, const char *file, char *text, size_t size) {
+    int fd = open_file(g, id, file, O_RDONLY);
+    if (fd < 0) return false;
+    ssize_t n = read(fd, text, size - 1);
+    close(fd);
+    if (n <= 0) return false;
+    text[n] = 0;
+    return true;
+}
+
+int cgroup_make(const struct cgroups *g, uint32_t id) {
+    char name[16];
+    snprintf(name, sizeof name, "%u", id);
+    /* It is there if the number was used before and processes were left: they are the same command's to the host. */
+    if (mkdirat(g->parent, name, 0755) != 0 && errno != EEXIST) return -1;
+    return open_file(g, id, ".", O_RDONLY | O_DIRECTORY);
+}
+
+bool cgroup_kill(const struct cgroups *g, uint32_t id) {
+    int fd = open_file(g, id, "cgroup.kill", O_WRONLY);
+    if (fd < 0) return false;
+    bool killed = write(fd, "1", 1) == 1;
+    close(fd);
+    return killed;
+}
+
+bool cgroup_peak(const struct cgroups *g, uint32_t id, uint64_t *bytes) {
+    char text[32];
+    if (!read_file(g, id, "memory.peak", text, sizeof text)) return false;
+    *bytes = strtoull(text, NULL, 10);
+    return true;
+}
+
+bool cgroup_oom_kills(const struct cgroups *g, uint32_t id, uint32_t *count) {
+    char text[512], *found;
+    if (!read_file(g, id, "memory.events", text, sizeof text)) return false;
+    if ((found = strstr(text, "oom_kill ")) == NULL) return false;
+    *count = (uint32_t)strtoul(found + strlen("oom_kill "), NULL, 10);
+    return true;
+}
+
+/* Whether it is gone. */
+static bool try_remove(const struct cgroups *g, uint32_t id) {
+    char name[16];
+    snprintf(name, sizeof name, "%u", id);
+    return unlinkat(g->parent, name, AT_REMOVEDIR) == 0 || errno == ENOENT;
+}
+
+void cgroup_remove(struct cgroups *g, uint32_t id) {
+    const size_t most = sizeof g->left / sizeof *g->left;
+    if (g->parent < 0 || try_remove(g, id)) return;
+    if (g->left_count == most) /* too many to remember: the oldest stays, empty or not, until the machine ends */
+        memmove(g->left, g->left + 1, --g->left_count * sizeof *g->left);
+    g->left[g->left_count++] = id;
+}
+
+void cgroups_sweep(struct cgroups *g) {
+    size_t kept = 0;
+    for (size_t i = 0; i < g->left_count; i++)
+        if (!try_remove(g, g->left[i])) g->left[kept++] = g->left[i];
+    g->left_count = kept;
+}

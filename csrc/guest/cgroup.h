@@ -1,0 +1,40 @@
+/* A cgroup for each command: what it used is counted there, and all of its processes can be killed there.
+ *
+ * The parent, with the limits for all commands, is made by init. Where there is none, nothing is counted and nothing
+ * done. The parent is held by a descriptor: what a command mounts over its path does not matter. */
+#ifndef VMETTE_CGROUP_H
+#define VMETTE_CGROUP_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifndef CGROUP_PARENT
+#define CGROUP_PARENT "/sys/fs/cgroup/vmette"
+#endif
+
+struct cgroups {
+    int parent;         /* -1: there are none */
+    uint32_t left[256]; /* those in which a command that has ended left processes; the oldest first */
+    size_t left_count;
+};
+
+void cgroups_open(struct cgroups *g);
+void cgroups_close(struct cgroups *g);
+
+/* Makes the cgroup of command `id` and returns its directory; -1 with errno. */
+int cgroup_make(const struct cgroups *g, uint32_t id);
+
+/* Kills all processes in it with SIGKILL. False: it cannot. */
+bool cgroup_kill(const struct cgroups *g, uint32_t id);
+
+/* The most bytes that its processes held together, and how many of them were killed for lack of memory. False: the
+ * kernel does not say. */
+bool cgroup_peak(const struct cgroups *g, uint32_t id, uint64_t *bytes);
+bool cgroup_oom_kills(const struct cgroups *g, uint32_t id, uint32_t *count);
+
+/* The command has ended: removes the cgroup, or has cgroups_sweep try again if there are still processes in it. */
+void cgroup_remove(struct cgroups *g, uint32_t id);
+void cgroups_sweep(struct cgroups *g);
+
+#endif

@@ -1,0 +1,361 @@
+#define _GNU_SOURCE
+#include "command.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <poll.h>
+#include <pwd.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <termios.h>
+#include <unistd.h>
+
+#include <linux/capability.h>
+#include <linux/sched.h>
+
+#include "builtins.h"
+#include "wire.h"
+
+enum {
+    MAX_GROUPS = 256,
+    ADDED = 3 /* entries of the environment that are added where they are missing */
+};
+
+static const char default_path[] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/* --- EXEC ----------------------------------------------------------------------------------------------------------- */
+
+static bool add_string(char **list, size_t *count, char **text, const unsigned char *data, size_t length) {
+    if (memchr(data, 0, length) != NULL) return false;
+    char *start = *text;
+    memcpy(start, data, length);
+    start[length] = 0;
+    *text += length + 1;
+    list[(*count)++] = start;
+    return true;
+}
+
+void *parse_exec(const unsigned char *payload, size_t size, struct command *c) {
+    const unsigned char *p = payload, *data;
+    size_t left = size, length, args = 0, envs = 0, strings = 0;
+    uint32_t tag;
+    int more;
+    while ((more = next_field(&p, &left, &tag, &data, &length)) > 0) {
+        args += tag == TAG_ARG;
+        envs += tag == TAG_ENV;
+        strings += length + 1;
+    }
+    errno = EPROTO;
+    if (more < 0 || args == 0) return NULL;
+    size_t pointers = (args + 1 + envs + ADDED + 1) * sizeof(char *);
+    char *block = malloc(pointers + strings);
+    if (block == NULL) return NULL;
+    char *text = block + pointers;
+    char **argv = (char **)(void *)block, **env = argv + args + 1, *one[1];
+    memset(c, 0, sizeof *c);
+    args = envs = 0;
+    bool good = true;
+    p = payload;
+    left = size;
+    while (good && next_field(&p, &left, &tag, &data, &length) > 0) {
+        size_t ignored = 0;
+        if (tag == TAG_ARG)
+            good = add_string(argv, &args, &text, data, length);
+        else if (tag == TAG_ENV)
+            good = add_string(env, &envs, &text, data, length);
+        else if (tag == TAG_CWD && (good = add_string(one, &ignored, &text, data, length)))
+            c->cwd = one[0];
+        else if (tag == TAG_USER && (good = add_string(one, &ignored, &text, data, length)))
+            c->user = one[0];
+        else if (tag == TAG_FLAGS && (good = length == 4))
+            c->flags = get32(data);
+        else if (tag == TAG_WINSIZE && (good = length == 4)) {
+            c->rows = (uint16_t)get16(data);
+            c->columns = (uint16_t)get16(data + 2);
+        }
+    }
+    if (!good) {
+        free(block);
+        errno = EPROTO;
+        return NULL;
+    }
+    argv[args] = NULL;
+    env[envs] = NULL;
+    c->argv = argv;
+    c->env = env;
+    return block;
+}
+
+/* --- The child: its user -------------------------------------------------------------------------------------------- */
+
+static _Noreturn void fail_start(int fd, const char *stage) {
+    struct start_failure failure = {.error = errno};
+    strncpy(failure.stage, stage, sizeof failure.stage - 1);
+    (void)!write(fd, &failure, sizeof failure);
+    _exit(127);
+}
+
+/* The entry of /etc/passwd for a name, or for `uid` if that is NULL. The files are read as they are: getpwnam and its kin
+ * would ask a name service's socket first, which nobody has here and which an image could fake. */
+static struct passwd *find_user(const char *name, uint32_t uid) {
+    FILE *file = fopen("/etc/passwd", "re");
+    struct passwd *entry = NULL;
+    if (file == NULL) return NULL;
+    while ((entry = fgetpwent(file)) != NULL)
+        if (name != NULL ? strcmp(entry->pw_name, name) == 0 : entry->pw_uid == uid) break;
+    fclose(file);
+    return entry;
+}
+
+static bool has_member(const struct group *group, const char *name) {
+    for (char **member = group->gr_mem; *member != NULL; member++)
+        if (strcmp(*member, name) == 0) return true;
+    return false;
+}
+
+/* Finds the number of the group `name`, if that is not NULL; or the groups that `user` is a member of, `groups` having
+ * one already. Returns how many there are: 0 if there is none of that name. */
+static size_t find_groups(const char *name, const char *user, gid_t *groups) {
+    FILE *file = fopen("/etc/group", "re");
+    struct group *entry;
+    size_t count = name == NULL;
+    if (file == NULL) return count;
+    while ((entry = fgetgrent(file)) != NULL && count < MAX_GROUPS) {
+        if (name != NULL ? strcmp(entry->gr_name, name) != 0 : entry->gr_gid == *groups || !has_member(entry, user))
+            continue;
+        groups[count++] = entry->gr_gid;
+        if (name != NULL) break;
+    }
+    fclose(file);
+    return count;
+}
+
+/* Becomes `user[:group]`, who gets `terminal` too if there is one. The guest's passwd and group files are not to be
+ * trusted. Returns the user's home. */
+static const char *become(const char *spec, int terminal, int failed) {
+    static char home[4096] = "/";
+    static gid_t groups[MAX_GROUPS];
+    char user[256], *group;
+    if (strlen(spec) >= sizeof user) {
+        errno = ENAMETOOLONG;
+        fail_start(failed, "user");
+    }
+    strcpy(user, spec);
+    group = strchr(user, ':');
+    if (group != NULL) *group++ = 0;
+    uint32_t uid, gid = 0;
+    /* The largest number would mean to setuid: leave it as it is. */
+    bool number = parse_number(user, UINT32_MAX - 1, &uid);
+    struct passwd *entry = find_user(number ? NULL : user, uid);
+    if (entry == NULL && !number) {
+        errno = ENOENT;
+        fail_start(failed, "user");
+    }
+    if (entry != NULL) {
+        uid = entry->pw_uid;
+        gid = entry->pw_gid;
+        if (entry->pw_dir != NULL && strlen(entry->pw_dir) < sizeof home) strcpy(home, entry->pw_dir);
+    }
+    size_t count = 1;
+    groups[0] = gid;
+    if (group == NULL) {
+        if (entry != NULL) count = find_groups(NULL, entry->pw_name, groups);
+    } else if (*group != 0) {
+        if (parse_number(group, UINT32_MAX - 1, &gid)) {
+            groups[0] = gid;
+        } else if (find_groups(group, NULL, groups) == 0) {
+            errno = ENOENT;
+            fail_start(failed, "group");
+        }
+    }
+    if (terminal >= 0 && fchown(terminal, uid, (gid_t)-1) != 0) fail_start(failed, "terminal");
+    if (setgroups(count, groups) != 0 || setgid(groups[0]) != 0 || setuid(uid) != 0) fail_start(failed, "user");
+    return home;
+}
+
+/* --- The child: its place ------------------------------------------------------------------------------------------- */
+
+/* The agent is spared when memory runs out, and may open many files; a command is like any other process.
+ *
+ * CAP_SYS_PTRACE goes from the bounding set, so no program that is executed can ever have it, root's included. Tracing
+ * a process takes all the capabilities that it has, or this one: so the agent, which has it, is out of reach, while
+ * debuggers work on what runs beside them. Those who are not root (tests) have none to give up. */
+static void become_ordinary(const struct place *place) {
+    int file = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+    if (file >= 0) {
+        (void)!write(file, "0", 1);
+        close(file);
+    }
+    setrlimit(RLIMIT_NOFILE, &place->files);
+    prctl(PR_CAPBSET_DROP, CAP_SYS_PTRACE, 0, 0, 0);
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    signal(SIGPIPE, SIG_DFL);
+}
+
+/* PID 1 of its namespace, which start_child has made: mounts of its own, and a /proc that shows the namespace. */
+static void become_init(int failed) {
+    if (unshare(CLONE_NEWNS) != 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
+        mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) != 0)
+        fail_start(failed, "init");
+}
+
+/* Enters the mounts of the namespaces' init. It has made them when it has started, which the other end of its pipe tells
+ * by going away. */
+static void join_init(const struct place *place, int failed) {
+    struct pollfd started = {.fd = place->init_started};
+    if (place->init_started >= 0) poll(&started, 1, -1);
+    if (setns(place->init_fd, CLONE_NEWNS) != 0) fail_start(failed, "init");
+}
+
+/* --- The child: its program ----------------------------------------------------------------------------------------- */
+
+static bool has_variable(char **env, const char *name) {
+    size_t length = strlen(name);
+    for (; *env != NULL; env++)
+        if (strncmp(*env, name, length) == 0 && (*env)[length] == '=') return true;
+    return false;
+}
+
+/* Adds NAME=value unless the environment has the name. The list has room for ADDED entries. */
+static void add_variable(char **env, char *entry, size_t size, const char *name, const char *value) {
+    if (has_variable(env, name)) return;
+    snprintf(entry, size, "%s=%s", name, value);
+    while (*env != NULL) env++;
+    env[0] = entry;
+    env[1] = NULL;
+}
+
+/* The child's half of EXEC. */
+static _Noreturn void run_child(const struct command *c, const struct place *place, const int fds[3], int failed) {
+    const bool terminal = c->flags & EXEC_TERMINAL, init = c->flags & EXEC_INIT;
+    for (int i = 0; i < 3; i++)
+        if (dup2(fds[i], i) < 0) fail_start(failed, "exec");
+    setsid();
+    if (terminal && ioctl(0, TIOCSCTTY, 0) != 0) fail_start(failed, "terminal");
+    become_ordinary(place);
+    if (init)
+        become_init(failed);
+    else if (place->init != 0)
+        join_init(place, failed);
+    const char *home = become(c->user != NULL ? c->user : "0", terminal ? 0 : -1, failed);
+    static char home_entry[4096 + 5], path_entry[sizeof default_path + 5], container_entry[32];
+    add_variable(c->env, home_entry, sizeof home_entry, "HOME", home);
+    add_variable(c->env, path_entry, sizeof path_entry, "PATH", default_path);
+    /* Init systems look for this to know that the hardware is not theirs: https://systemd.io/CONTAINER_INTERFACE */
+    if (init) add_variable(c->env, container_entry, sizeof container_entry, "container", "vmette");
+    const char *cwd = c->cwd != NULL ? c->cwd : "/";
+    errno = EINVAL;
+    if (*cwd != '/' || chdir(cwd) != 0) fail_start(failed, "chdir");
+    environ = c->env;
+    if (c->flags & EXEC_BUILTIN) {
+        syscall(SYS_close_range, 3, ~0U, 0); /* what exec would have closed: the agent's, and `failed` */
+        _exit(builtin_run(c->argv));
+    }
+    execvp(c->argv[0], c->argv);
+    fail_start(failed, "exec");
+}
+
+/* --- The agent's half ----------------------------------------------------------------------------------------------- */
+
+struct ends {
+    int ours, theirs;
+};
+
+static bool make_pipe(struct ends *ends, bool to_child) {
+    int fds[2]; /* the read end comes first */
+    if (pipe2(fds, O_CLOEXEC) != 0) return false;
+    ends->ours = fds[to_child];
+    ends->theirs = fds[!to_child];
+    return true;
+}
+
+static bool make_terminal(struct ends *ends, const struct command *c) {
+    const struct winsize size = {.ws_row = c->rows, .ws_col = c->columns};
+    struct termios settings;
+    ends->ours = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    if (ends->ours < 0 || ioctl(ends->ours, TIOCSPTLCK, &(int){0}) != 0) return false;
+    ends->theirs = ioctl(ends->ours, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
+    if (ends->theirs < 0 || ioctl(ends->theirs, TIOCSWINSZ, &size) != 0) return false;
+    if (tcgetattr(ends->theirs, &settings) != 0) return false;
+    settings.c_iflag |= IUTF8; /* so that erasing takes a whole character */
+    return tcsetattr(ends->theirs, TCSANOW, &settings) == 0;
+}
+
+/* A child, born in the place's cgroup: to move there would wait for a grace period of the kernel's RCU. */
+static pid_t fork_into(int cgroup) {
+    struct clone_args args = {.flags = CLONE_INTO_CGROUP, .exit_signal = SIGCHLD, .cgroup = (uint64_t)cgroup};
+    return cgroup < 0 ? fork() : (pid_t)syscall(SYS_clone3, &args, sizeof args);
+}
+
+/* Makes the PID namespace that all children are in from now on: the first one is its init. */
+static int prepare_init(struct place *place) {
+    if (place->init != 0) return EBUSY;
+    return unshare(CLONE_NEWPID) != 0 ? errno : 0;
+}
+
+void leave_init(struct place *place) {
+    setns(place->pids, CLONE_NEWPID);
+    if (place->init != 0) close(place->init_fd);
+    place->init = 0;
+    place->init_fd = place->init_started = -1;
+}
+
+int start_child(const struct command *c, struct place *place, struct child *child, const char **stage) {
+    enum { STDIN, STDOUT, STDERR, STARTED, ENDS };
+    const bool terminal = c->flags & EXEC_TERMINAL, init = c->flags & EXEC_INIT;
+    struct ends ends[ENDS] = {{-1, -1}, {-1, -1}, {-1, -1}, {-1, -1}};
+    int error = 0;
+    pid_t pid = -1;
+    *stage = "fork";
+    if (terminal) {
+        if (!make_terminal(&ends[STDIN], c)) {
+            error = errno;
+            *stage = "terminal";
+        }
+    } else if (!make_pipe(&ends[STDIN], true) || !make_pipe(&ends[STDOUT], false) || !make_pipe(&ends[STDERR], false)) {
+        error = errno;
+    }
+    if (error == 0 && !make_pipe(&ends[STARTED], false)) error = errno;
+    if (error == 0 && init && (error = prepare_init(place)) != 0) *stage = "init";
+    if (error == 0) {
+        /* Large pipes: fewer wake-ups for bulk data. Beyond the limit for unprivileged users it is refused: no matter. */
+        fcntl(ends[STDOUT].ours, F_SETPIPE_SZ, 1 << 20);
+        int fds[3];
+        for (int i = 0; i < 3; i++) fds[i] = ends[terminal ? STDIN : i].theirs;
+        pid = fork_into(place->cgroup);
+        if (pid < 0) error = errno;
+        if (pid == 0) run_child(c, place, fds, ends[STARTED].theirs);
+        if (pid < 0 && init) leave_init(place);
+    }
+    for (int i = 0; i < ENDS; i++) {
+        const bool kept = terminal && i == STDIN && error == 0;
+        if (ends[i].theirs >= 0 && !kept) close(ends[i].theirs);
+        if (ends[i].ours >= 0 && error != 0) close(ends[i].ours);
+        if (ends[i].ours >= 0 && error == 0) fcntl(ends[i].ours, F_SETFL, O_NONBLOCK);
+    }
+    if (error != 0) return error;
+    child->pid = pid;
+    child->started = ends[STARTED].ours;
+    child->stdin_fd = ends[STDIN].ours;
+    child->out[0] = ends[terminal ? STDIN : STDOUT].ours;
+    child->out[1] = ends[STDERR].ours;
+    /* Held open, so that its master reads no end of file when the command closes the terminal and opens it again. */
+    child->terminal = terminal ? ends[STDIN].theirs : -1;
+    if (init) {
+        place->init = pid;
+        place->init_fd = (int)syscall(SYS_pidfd_open, pid, 0);
+        place->init_started = child->started;
+    }
+    return 0;
+}
