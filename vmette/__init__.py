@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .aio import AsyncPopen, AsyncSandbox
     from .api import run
     from .config import Share
     from .errors import (
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         CommandNotStarted,
         ConfigError,
         GuestError,
+        GuestFileError,
         OutputTooLarge,
         PayloadError,
         ProtocolError,
@@ -27,31 +29,39 @@ if TYPE_CHECKING:
         VmetteError,
         VmmError,
     )
+    from .executor import SandboxExecutor
     from .process import CompletedProcess, Popen
     from .sandbox import Sandbox
     from .timings import Timing
 
 _HOMES = {
+    "AsyncPopen": "aio",
+    "AsyncSandbox": "aio",
     "CompletedProcess": "process",
     "Popen": "process",
     "Sandbox": "sandbox",
+    "SandboxExecutor": "executor",
     "Share": "config",
     "Timing": "timings",
     "run": "api",
 }
 
 __all__ = [
+    "AsyncPopen",
+    "AsyncSandbox",
     "CalledProcessError",
     "CommandNotStarted",
     "CompletedProcess",
     "ConfigError",
     "GuestError",
+    "GuestFileError",
     "OutputTooLarge",
     "PayloadError",
     "Popen",
     "ProtocolError",
     "Sandbox",
     "SandboxClosed",
+    "SandboxExecutor",
     "Share",
     "TimeoutExpired",
     "Timing",

@@ -68,6 +68,7 @@ def run(
     timeout: float | None = ...,
     check: bool = ...,
     entrypoint: Sequence[str] | None = ...,
+    switch_root: bool = ...,
     max_output: int = ...,
     **options: Unpack[MachineOptions],
 ) -> CompletedProcess[bytes]: ...
@@ -86,6 +87,7 @@ def run(
     timeout: float | None = ...,
     check: bool = ...,
     entrypoint: Sequence[str] | None = ...,
+    switch_root: bool = ...,
     max_output: int = ...,
     **options: Unpack[MachineOptions],
 ) -> CompletedProcess[str]: ...
@@ -103,6 +105,7 @@ def run(
     check: bool = False,
     text: bool = False,
     entrypoint: Sequence[str] | None = None,
+    switch_root: bool = False,
     max_output: int = MAX_OUTPUT,
     **options: Unpack[MachineOptions],
 ) -> CompletedProcess[bytes] | CompletedProcess[str]:
@@ -121,6 +124,7 @@ def run(
         check: Raise if the status is not 0.
         text: `input`, `stdout` and `stderr` are text in UTF-8 (undecodable bytes become U+FFFD), not bytes.
         entrypoint: In place of the image's Entrypoint; empty is none.
+        switch_root: Run `argv`, an init system, as PID 1 of a PID namespace of its own.
         max_output: The most bytes of each of stdout and stderr that are taken.
         options: The machine's: see :class:`vmette.machine.MachineOptions`.
 
@@ -134,7 +138,7 @@ def run(
     stopwatch = Stopwatch()
     Command.of(argv or ["-"], env, cwd, user)  # what is wrong with it is said before all else
     machine = prepare(rootfs, options)
-    command = machine.command(argv, env, cwd, user, entrypoint)
+    command = machine.command(argv, env, cwd, user, entrypoint, switch_root=switch_root)
     stopwatch.reached("rootfs")
     captured = Captured(command, max_output, text=text)
     try:

@@ -13,6 +13,7 @@ __all__ = [
     "CommandNotStarted",
     "ConfigError",
     "GuestError",
+    "GuestFileError",
     "OutputTooLarge",
     "PayloadError",
     "ProtocolError",
@@ -31,9 +32,20 @@ def reason(error: OSError | ValueError) -> str:
 
 
 class VmetteError(Exception):
-    """Base of every error that vmette raises on purpose."""
+    """Base of every error that vmette raises on purpose. All can be pickled, and so come back from other processes."""
 
     exit_code = 125
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exception's own calls the class with the text, which is not what every class is made from.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[VmetteError], args: tuple[object, ...], state: dict[str, object]) -> VmetteError:
+    """An error as it was when it was pickled."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class SandboxTimeout(Exception):
@@ -63,6 +75,53 @@ class GuestError(VmetteError):
     def __init__(self, message: str, console: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.console = console
+
+
+class GuestFileError(VmetteError, OSError):
+    """A file of the guest's cannot be used. `errno` is Linux's number, `filename` the guest's path.
+
+    As :class:`OSError` does, it becomes what Python has for the number: also a :class:`FileNotFoundError`,
+    :class:`FileExistsError`, :class:`PermissionError`, :class:`IsADirectoryError` or :class:`NotADirectoryError`.
+    """
+
+    def __new__(cls, number: int, text: str, filename: str) -> GuestFileError:  # noqa: D102 (as OSError's)
+        return super().__new__(_FILE_ERRORS.get(number, cls), number, text, filename)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.errno, self.strerror, self.filename), self.__dict__
+
+    def __str__(self) -> str:
+        return f"{self.filename} in the guest: {self.strerror}"
+
+
+class _GuestFileNotFoundError(GuestFileError, FileNotFoundError):
+    pass
+
+
+class _GuestFileExistsError(GuestFileError, FileExistsError):
+    pass
+
+
+class _GuestPermissionError(GuestFileError, PermissionError):
+    pass
+
+
+class _GuestIsADirectoryError(GuestFileError, IsADirectoryError):
+    pass
+
+
+class _GuestNotADirectoryError(GuestFileError, NotADirectoryError):
+    pass
+
+
+_FILE_ERRORS: dict[int, type[GuestFileError]] = {
+    1: _GuestPermissionError,  # EPERM
+    2: _GuestFileNotFoundError,  # ENOENT
+    13: _GuestPermissionError,  # EACCES
+    17: _GuestFileExistsError,  # EEXIST
+    20: _GuestNotADirectoryError,  # ENOTDIR
+    21: _GuestIsADirectoryError,  # EISDIR
+}
 
 
 class OutputTooLarge(VmetteError):

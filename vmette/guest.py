@@ -27,6 +27,8 @@ BOOT_SECONDS = 120.0
 SHUTDOWN_SECONDS = 5.0
 STOP_SECONDS = 10.0
 """What a command has, once its time is over, to act on the signal that its image asks for: Docker's default."""
+KILL_SECONDS = 30.0
+"""What a guest has to end a command that it is told to kill: one that cannot is of no more use."""
 CRIPPLED_SECONDS = 1.0
 """A VM that ends takes its file servers along; if it has not ended by then, a file server went alone."""
 CANCEL_SECONDS = 0.1
@@ -98,6 +100,8 @@ class Stream:
         self.end: Exited | Failure | None = None
         self.error: Exception | None = None
         """What went wrong on this side: the first thing that did."""
+        self.killed: float | None = None
+        """When the guest was told to kill it, as a time of `time.monotonic`."""
 
     @property
     def flushed(self) -> bool:
@@ -235,6 +239,9 @@ class Guest:
     def signal(self, number: int, signal_number: int, flags: SignalFlag = SignalFlag.PROCESS) -> None:
         """Signals the command of stream `number`; with 9, ends a connection or a listener."""
         self._connection.signal(number, signal_number, flags)
+        stream = self._streams.get(number)
+        if stream is not None and stream.killed is None and signal_number == signal.SIGKILL:
+            stream.killed = time.monotonic()
 
     def resize(self, number: int, rows: int, columns: int) -> None:
         """Tells the terminal of a command its size."""
@@ -254,7 +261,7 @@ class Guest:
             stream.error = error
             for channel in stream.sinks:
                 self._drop(stream, channel)
-            self._connection.signal(stream.number, signal.SIGKILL, SignalFlag.ALL)
+            self.signal(stream.number, signal.SIGKILL, SignalFlag.ALL)
 
     def end_all(self, error: Exception) -> None:
         """Finishes every stream with `error`: the guest is gone."""
@@ -426,7 +433,7 @@ class Guest:
             if Channel.STDERR in stream.sinks:
                 self._connection.send_eof(stream.number, channel)  # so that the command finds out as from a pipe
             else:
-                self._connection.signal(stream.number, signal.SIGKILL)
+                self.signal(stream.number, signal.SIGKILL)
         except (OSError, VmetteError) as error:
             self.fail(stream, error)
         else:
@@ -556,6 +563,11 @@ class Guest:
                 ends.append(now + CANCEL_SECONDS)
                 if self._cancelled():
                     raise Cancelled
+        for stream in self._streams.values():
+            if stream.killed is not None and stream.end is None:
+                ends.append(stream.killed + KILL_SECONDS)
+                if now >= ends[-1]:
+                    raise GuestError(f"the guest did not kill a command within {KILL_SECONDS:g} seconds")
         return max(1.0, (min(ends) - now) * 1000 + 1) if ends else None
 
     def _greeted(self, hello: Hello) -> None:

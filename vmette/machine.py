@@ -97,6 +97,12 @@ class MachineOptions(RootfsOptions, total=False):
     """`auto`, `kvm` or `tcg`."""
 
 
+def cancellable(options: MachineOptions, given_up: Callable[[], bool]) -> MachineOptions:
+    """`options` with one more reason to give up."""
+    asked = options.get("cancelled", lambda: False)
+    return {**options, "cancelled": lambda: given_up() or asked()}
+
+
 @dataclass(frozen=True)
 class Machine:
     """A microVM that can be started: its devices, and what the image of its root says."""
@@ -113,11 +119,15 @@ class Machine:
         cwd: str | None = None,
         user: str | None = None,
         entrypoint: Sequence[str] | None = None,
+        *,
+        terminal: tuple[int, int] | None = None,
+        switch_root: bool = False,
     ) -> Command:
         """What a caller asks to be run, and the image where the caller says nothing. See :meth:`Command.of`."""
         if self.services is not None:
             env = {**self.services.env, **(env or {})}
-        return Command.of(argv, env, cwd, user, image=self.image, entrypoint=entrypoint)
+        command = Command.of(argv, env, cwd, user, image=self.image, entrypoint=entrypoint)
+        return replace(command, terminal=terminal, init=switch_root)
 
 
 def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:

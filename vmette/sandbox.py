@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
@@ -234,7 +233,7 @@ class Sandbox:
         """The guest's files."""
         from .filesystem import Files
 
-        return Files(self._session)
+        return Files(lambda command: Popen(self, self._session, command, PIPE, PIPE, PIPE))
 
     @property
     def vsock(self) -> Vsock:
@@ -317,6 +316,7 @@ class Sandbox:
         stdout: Redirection = PIPE,
         stderr: Redirection = PIPE,
         terminal: tuple[int, int] | None = None,
+        switch_root: bool = False,
     ) -> Popen:
         """Starts `argv` and returns at once: :class:`vmette.Popen` is its handle.
 
@@ -329,6 +329,8 @@ class Sandbox:
             stdout: Its output, likewise.
             stderr: Its errors, likewise; `STDOUT` is where `stdout` goes.
             terminal: Run it in a terminal of so many rows and columns; all its output is stdout then.
+            switch_root: Run `argv`, an init system, as PID 1 of a PID namespace of its own, in which all later
+                commands run too, while it lives.
         """
-        command = replace(self._machine.command(argv, env, cwd, user), terminal=terminal)
+        command = self._machine.command(argv, env, cwd, user, terminal=terminal, switch_root=switch_root)
         return Popen(self, self._session, command, stdin, stdout, stderr)

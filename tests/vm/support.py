@@ -28,6 +28,11 @@ def vmm_processes() -> dict[int, str]:
     return found
 
 
+def children() -> set[str]:
+    """This process's children, zombies too."""
+    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     """For what happens soon, but not at once."""
     end = time.monotonic() + 60

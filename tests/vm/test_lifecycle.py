@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import vmette
-from tests.vm.support import BASE, command, vmm_processes, wait_until
+from tests.vm.support import BASE, children, command, vmm_processes, wait_until
 from vmette.vmm import qemu, virtiofsd
 
 BOOTS = 200
@@ -118,11 +118,6 @@ def busy_core() -> Iterator[None]:
             yield
         finally:
             process.kill()
-
-
-def children() -> set[str]:
-    """This process's children, zombies too."""
-    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 def open_files() -> list[str]:
