@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..api import execute
-from ..config import ACCELERATORS, Command, Share
+from ..config import ACCELERATORS, Command, Disk, Share
 from ..errors import ConfigError, SandboxTimeout, TimeoutExpired, reason
-from ..machine import MachineOptions, prepare
+from ..machine import Machine, MachineOptions, prepare
 from ..providers.base import FORMS, PULL_POLICIES, Progress
 from ..streams import FdSink, FdSource, limited
 from ..timings import Stopwatch
@@ -87,6 +86,41 @@ form_option = click.option(
 @click.option("--max-output", type=int, metavar="BYTES", help="End the run when stdout or stderr has more than BYTES.")
 @click.option("-i", "--interactive", is_flag=True, expose_value=False, help="Pass stdin on: it always is.")
 @click.option("-t", "--tty", is_flag=True, help="Run COMMAND in a terminal, for which this one stands. See below.")
+@click.option("-d", "--detach", is_flag=True, help="Leave the machine running and print its name. See below.")
+@click.option("--name", metavar="NAME", help="The name of a machine that is left running.  [default: a random one]")
+@click.option("--rm", "remove", is_flag=True, help="Forget such a machine when it ends. Any other one always is.")
+@click.option(
+    "-v",
+    "--volume",
+    "volumes",
+    metavar="DIR:PATH[:ro]",
+    multiple=True,
+    help="Share the host's directory DIR at PATH; with :ro the guest cannot write to it. Repeatable.",
+)
+@click.option(
+    "--disk",
+    "disks",
+    metavar="PATH[:ro]",
+    multiple=True,
+    help="Give the guest a raw image or a block device as a disk: /dev/vdb, …. Repeatable.",
+)
+@click.option(
+    "--scratch",
+    metavar="SIZE",
+    help="Put what is written to the root and /tmp on a disk of SIZE (8G, 512M, or MiB), gone with the VM, "
+    "in place of memory.",
+)
+@click.option("--net", is_flag=True, help="A network card behind NAT: the guest reaches what this computer reaches.")
+@click.option("--hostname", default="vmette", show_default=True, help="The guest's name.")
+@click.option(
+    "--vsock-port", type=int, default=-1, metavar="N", help="Log, and send back, what comes to this vsock port."
+)
+@click.option("--guest-vsock-port", type=int, metavar="N", help="Tell the guest to listen at this vsock port.")
+@click.option(
+    "--switch-root", is_flag=True, help="Run COMMAND, an init system, as PID 1 of a PID namespace of its own."
+)
+@click.option("--pids", type=int, help="The most processes and threads of the guest's commands.")
+@click.option("--nofile", type=int, help="The most files that a process of the guest may have open.")
 @click.option("--vcpus", type=int, default=1, show_default=True, help="Virtual processors.")
 @click.option("--mem-mib", type=int, default=512, show_default=True, help="Memory in MiB.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="End the run after SECONDS (exit code 124); 0: never.")
@@ -118,11 +152,24 @@ def command(
     workdir: str | None,
     user: str | None,
     shares: tuple[str, ...],
+    volumes: tuple[str, ...],
+    disks: tuple[str, ...],
+    scratch: str | None,
+    net: bool,
+    hostname: str,
+    vsock_port: int,
+    guest_vsock_port: int | None,
+    switch_root: bool,
+    pids: int | None,
+    nofile: int | None,
     allow_hosts: tuple[str, ...],
     publish: tuple[str, ...],
     ca_certs: str | None,
     max_output: int | None,
     tty: bool,
+    detach: bool,
+    name: str | None,
+    remove: bool,
     vcpus: int,
     mem_mib: int,
     timeout: float | None,
@@ -156,10 +203,15 @@ def command(
     guest is up all keys are the command's, Ctrl-C too, and what it writes controls your terminal. Its output is all
     on stdout, which may be a pipe.
 
+    With -d vmette returns when COMMAND has started, and the machine lives until COMMAND ends; without a COMMAND, until
+    it is stopped (where an image has one, `--entrypoint ''` is without). COMMAND's stdin is empty, and `vmette logs`
+    has what it writes. See `vmette ps`, `exec`, `cp`, `stop`, `kill` and `rm`.
+
     \b
     vmette run builtin://base -- uname -a
     vmette run alpine:3.20 cat /etc/os-release
     vmette run -it alpine:3.20 sh
+    vmette run -d --name box --entrypoint '' alpine:3.20
     vmette run --share src=.:ro -w /mnt/src builtin://base -- find .
     vmette run --timeout 5 --mem-mib 256 --exec 'echo $((6 * 7))' builtin://base
     """
@@ -177,7 +229,11 @@ def command(
             raise click.UsageError("--exec and COMMAND exclude each other")
         arguments = ["/bin/sh", "-c", shell_line]
         entrypoint = ""
-    environment = _environment(env, env_files)
+    if detach and (tty or timings):
+        raise click.UsageError("--detach excludes --tty and --timings")
+    if name is not None and not detach:
+        raise click.UsageError("--name is for a machine that is left running: add --detach")
+    environment = parse_environment(env, env_files)
     terminal = attach = None
     if tty:
         from .terminal import attached, terminal_environment, terminal_size
@@ -191,7 +247,13 @@ def command(
         "platform": platform,
         "rootfs_form": rootfs_form,
         "arch": arch,
-        "shares": tuple(Share.parse(text) for text in shares),
+        "shares": (*map(Share.parse, shares), *map(Share.volume, volumes)),
+        "disks": tuple(map(Disk.parse, disks)),
+        "scratch": scratch,
+        "net": net,
+        "hostname": hostname,
+        "pids": pids,
+        "nofile": nofile,
         "vcpus": vcpus,
         "mem_mib": mem_mib,
         "rootfs_ro": rootfs_ro,
@@ -204,13 +266,41 @@ def command(
         "cmdline": cmdline,
         "accel": accel,
     }
-    with shown_progress(quiet=quiet) as progress:
-        machine = prepare(rootfs, {**options, "progress": progress})
+    if vsock_port >= 0:
+        options["vsock_port"] = vsock_port
+    if guest_vsock_port is not None:
+        options["guest_vsock_port"] = guest_vsock_port
+    if user is not None:
+        options["secrets_user"] = user
     program = None if entrypoint is None else [entrypoint] if entrypoint else []
-    if not arguments and not program and not (machine.image and (machine.image.entrypoint or machine.image.cmd)):
+
+    def find() -> tuple[Machine, Command, bool]:
+        """The machine, its command, and whether there is one: else it stands for what a command would have."""
+        with shown_progress(quiet=quiet) as progress:
+            machine = prepare(rootfs, {**options, "progress": progress})
+        image = machine.image
+        named = arguments or (program if program is not None else image and (image.entrypoint or image.cmd))
+        words = arguments if named else ["-"]
+        request = machine.command(
+            words, environment, workdir, user, program, terminal=terminal, switch_root=switch_root
+        )
+        stopwatch.reached("rootfs")
+        return machine, request, bool(named)
+
+    if detach:
+        from ..detached.client import reserved
+        from ..detached.machines import new_state
+
+        with reserved(new_state(name, rootfs, remove=remove)) as reservation:
+            machine, request, named = find()
+            reservation.start(
+                machine, request, idle=not named, timeout=timeout or None, max_output=max_output, debug=debug
+            )
+        click.echo(reservation.state.name)
+        return 0
+    machine, request, named = find()
+    if not named:
         raise click.UsageError("there is no command to run: give COMMAND, or a line with --exec")
-    request = replace(machine.command(arguments, environment, workdir, user, program), terminal=terminal)
-    stopwatch.reached("rootfs")
     try:
         exited = execute(
             machine,
@@ -249,7 +339,7 @@ def shown_progress(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
         yield show if not quiet else lambda _: None
 
 
-def _environment(entries: tuple[str, ...], files: tuple[Path, ...]) -> dict[str, str]:
+def parse_environment(entries: tuple[str, ...], files: tuple[Path, ...]) -> dict[str, str]:
     """What --env and --env-file say: the former has the last word."""
     environment = {}
     for path in files:

@@ -69,7 +69,7 @@ class RawTerminal:
         for number, handler in {signal.SIGTSTP: self._stop, signal.SIGCONT: self._go_on}.items():
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, handler)
-        self._set(self._raw, termios.TCSADRAIN)
+        self._set(self._raw)
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -87,13 +87,15 @@ class RawTerminal:
         with suppress(OSError):  # not the terminal that controls this process: no other program contends for it
             if os.tcgetpgrp(self._fd) != os.getpgrp():
                 return
-        self._set(self._before, termios.TCSAFLUSH)
+        self._set(self._before)
+        with suppress(termios.error):
+            termios.tcflush(self._fd, termios.TCIFLUSH)  # all of it; TCSAFLUSH leaves what is still on its way
 
-    def _set(self, attributes: list[Any], when: int) -> None:
+    def _set(self, attributes: list[Any]) -> None:
         """From the background this stops the program (SIGTTOU), as it does every full-screen program."""
         while True:
             try:
-                termios.tcsetattr(self._fd, when, attributes)
+                termios.tcsetattr(self._fd, termios.TCSADRAIN, attributes)
             except termios.error as error:
                 if error.args[0] == errno.EINTR:
                     continue
@@ -107,7 +109,7 @@ class RawTerminal:
         self._go_on(number, frame)  # where there is no shell to go back to, the kernel does not stop a program
 
     def _go_on(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self._set(self._raw, termios.TCSADRAIN)
+        self._set(self._raw)
         signal.raise_signal(signal.SIGWINCH)
 
 
