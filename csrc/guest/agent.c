@@ -38,6 +38,8 @@ enum {
     RESERVE = 3 * LARGEST_ANSWER,
     OUTPUT = 8 * 32768 + RESERVE,
     INPUT = 65536,
+    /* Descriptors: at most five for each stream, and some more. */
+    OWN_FILES = 8 * MAX_STREAMS,
     /* More than the kernel holds of what was written to a terminal (640 KiB, TTYB_DEFAULT_MEM_LIMIT). */
     TERMINAL_HOLDS = 1 << 20
 };
@@ -839,7 +841,7 @@ static void finish_stream(struct agent *a, struct stream *s) {
 }
 
 /* Out of the OOM killer's sight, and with as many descriptors as there may be: those of all streams are more than the
- * usual limit. */
+ * usual limit, and more than what init may have set for commands. */
 static void prepare_self(struct agent *a) {
     int file = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
     if (file >= 0) {
@@ -847,7 +849,8 @@ static void prepare_self(struct agent *a) {
         close(file);
     }
     getrlimit(RLIMIT_NOFILE, &a->place.files);
-    setrlimit(RLIMIT_NOFILE, &(struct rlimit){a->place.files.rlim_max, a->place.files.rlim_max});
+    rlim_t own = a->place.files.rlim_max > OWN_FILES ? a->place.files.rlim_max : OWN_FILES;
+    setrlimit(RLIMIT_NOFILE, &(struct rlimit){own, own});
     a->place.pids = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
     a->place.init_fd = a->place.init_started = -1;
     cgroups_open(&a->cgroups);

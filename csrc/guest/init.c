@@ -391,25 +391,19 @@ static void write_to(const char *path, const char *text) {
     close(fd);
 }
 
-/* Half of the threads that the kernel sees fit for this much memory, and enough for anybody. */
-static unsigned long usual_pids(void) {
-    char text[32] = "";
-    int fd = open("/proc/sys/kernel/threads-max", O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || read(fd, text, sizeof text - 1) <= 0) fail("limits", "cannot read /proc/sys/kernel/threads-max");
-    close(fd);
-    unsigned long half = strtoul(text, NULL, 10) / 2;
-    return half < 4096 ? half : 4096;
+/* Half of the threads that the kernel sees fit for this much memory (threads-max: their stacks, of 16 KiB, may take an
+ * eighth of it), and enough for anybody. */
+static unsigned long usual_pids(uint64_t memory) {
+    uint64_t half = memory / 8 / (16 << 10) / 2;
+    return half < 4096 ? (unsigned long)half : 4096;
 }
 
-/* What memory commands may have together: all but a sixteenth, and no less than 16 MiB left for the agent (2 MiB, and what
- * waits for the stdin of commands: 256 KiB for each) and for what the kernel charges to nobody. Whoever wants more is
- * killed, and the agent is there to say so. */
-static uint64_t usual_memory(void) {
-    struct sysinfo info;
-    if (sysinfo(&info) != 0) fail("limits", "cannot find out how much memory there is");
-    uint64_t total = (uint64_t)info.totalram * info.mem_unit, least = 16 << 20;
-    uint64_t reserve = total / 16 > least ? total / 16 : least;
-    return total > 2 * reserve ? total - reserve : total / 2;
+/* What commands may have together: all but a sixteenth, and no less than 16 MiB left for the agent (2 MiB, and what waits
+ * for the stdin of commands: 256 KiB for each) and for what the kernel charges to nobody. Whoever wants more is killed,
+ * and the agent is there to say so. */
+static uint64_t usual_memory(uint64_t memory) {
+    uint64_t least = 16 << 20, reserve = memory / 16 > least ? memory / 16 : least;
+    return memory > 2 * reserve ? memory - reserve : memory / 2;
 }
 
 /* The cgroup for commands: the agent makes one for each in it. As the agent stays outside, it gets as much of the
@@ -417,12 +411,15 @@ static uint64_t usual_memory(void) {
 static void limit_commands(const struct plan *plan) {
     static const char controllers[] = "+cpu +memory +pids";
     char text[32];
+    struct sysinfo info;
+    if (sysinfo(&info) != 0) fail("limits", "cannot find out how much memory there is");
+    uint64_t memory = (uint64_t)info.totalram * info.mem_unit;
     write_to("/sys/fs/cgroup/cgroup.subtree_control", controllers);
     if (!make_dir(CGROUP_PARENT, 0755)) fail("limits", "cannot make %s", CGROUP_PARENT);
     write_to(CGROUP_PARENT "/cgroup.subtree_control", controllers);
-    snprintf(text, sizeof text, "%lu", plan->pids != 0 ? plan->pids : usual_pids());
+    snprintf(text, sizeof text, "%lu", plan->pids != 0 ? plan->pids : usual_pids(memory));
     write_to(CGROUP_PARENT "/pids.max", text);
-    snprintf(text, sizeof text, "%llu", (unsigned long long)usual_memory());
+    snprintf(text, sizeof text, "%llu", (unsigned long long)usual_memory(memory));
     write_to(CGROUP_PARENT "/memory.max", text);
     struct rlimit files = {plan->nofile, plan->nofile};
     if (plan->nofile != 0 && setrlimit(RLIMIT_NOFILE, &files) != 0)

@@ -18,6 +18,13 @@ from ..errors import GuestError, VmetteError
 
 COMMANDS = {
     "run": "Run a command in a fresh microVM.",
+    "ps": "List the machines that run by themselves.",
+    "exec": "Run a command in a machine.",
+    "cp": "Copy files into a machine, or out of it.",
+    "logs": "Print what a machine has written.",
+    "stop": "End machines.",
+    "kill": "Kill machines, or send them a signal.",
+    "rm": "Remove machines that have ended.",
     "pull": "Fetch an image into the cache.",
     "images": "List the images in the cache.",
     "cache": "See what the cache holds, and clear it.",
@@ -70,7 +77,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vmette")
 def group() -> None:
-    r"""Run untrusted code in a hardware-isolated Linux microVM.
+    """Run untrusted code in a hardware-isolated Linux microVM.
 
     \b
     vmette run builtin://base -- uname -a         the root filesystem that vmette carries
@@ -78,7 +85,7 @@ def group() -> None:
     vmette run ./tree -- sh -c 'echo $0; id'      a directory; nothing in it is changed
     echo 2+2 | vmette run builtin://base -- bc    stdin, stdout, stderr and exit code are the command's
     vmette run --help                             all that a run can be told
-    """
+    """  # noqa: D301 (click wants the character)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -189,7 +189,7 @@ def command(
     timings: bool,
     words: tuple[str, ...],
 ) -> int:
-    r"""Run COMMAND in a fresh microVM whose root filesystem is ROOTFS.
+    """Run COMMAND in a fresh microVM whose root filesystem is ROOTFS.
 
     ROOTFS is builtin://base, a directory, or an image such as alpine:3.20 (`vmette providers` lists all kinds). It is
     never changed: what the command writes is gone with the VM, but for what it writes to a --share. An image has its
@@ -214,7 +214,7 @@ def command(
     vmette run -d --name box --entrypoint '' alpine:3.20
     vmette run --share src=.:ro -w /mnt/src builtin://base -- find .
     vmette run --timeout 5 --mem-mib 256 --exec 'echo $((6 * 7))' builtin://base
-    """
+    """  # noqa: D301 (click wants the character)
     set_up_logging(quiet=quiet, debug=debug)
     stopwatch = Stopwatch(_process_start())
     stopwatch.reached("python")

@@ -1,0 +1,7 @@
+"""`python -m vmette.detached`: a supervisor."""
+
+import sys
+
+from .supervisor import main
+
+sys.exit(main())
