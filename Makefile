@@ -16,7 +16,7 @@ AARCH64_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross mmdebstrap qemu-
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: run test lint payload payload-aarch64 test-aarch64 system clean
+.PHONY: run test lint docs payload payload-aarch64 test-aarch64 system clean
 
 run: payload
 	$(BIN)/vmette run builtin://base -- uname -a
@@ -34,6 +34,9 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/test
+	$(BIN)/pdoc --docformat google --no-show-source -o build/docs vmette vmette.machine vmette.errors vmette.providers
 
 # What runs in the guest: kernel, initramfs, base image. It knows itself what is up to date.
 payload: .venv/native

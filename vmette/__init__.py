@@ -14,7 +14,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .aio import AsyncPopen, AsyncSandbox
     from .api import run
-    from .config import Share
+    from .config import Disk, Share
     from .errors import (
         CalledProcessError,
         CommandNotStarted,
@@ -38,6 +38,7 @@ _HOMES = {
     "AsyncPopen": "aio",
     "AsyncSandbox": "aio",
     "CompletedProcess": "process",
+    "Disk": "config",
     "Popen": "process",
     "Sandbox": "sandbox",
     "SandboxExecutor": "executor",
@@ -53,6 +54,7 @@ __all__ = [
     "CommandNotStarted",
     "CompletedProcess",
     "ConfigError",
+    "Disk",
     "GuestError",
     "GuestFileError",
     "OutputTooLarge",

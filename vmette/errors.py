@@ -125,11 +125,11 @@ _FILE_ERRORS: dict[int, type[GuestFileError]] = {
 
 
 class OutputTooLarge(VmetteError):
-    """The command wrote more than the caller is willing to hold; the VM has been ended."""
+    """The command wrote more than the caller is willing to hold; it has been ended."""
 
 
 class ProtocolError(VmetteError):
-    """The guest broke the control protocol; the VM has been ended."""
+    """The guest broke the control protocol, and its VM has been ended; or what it says of its files makes no sense."""
 
 
 class SandboxClosed(VmetteError):
@@ -162,7 +162,7 @@ class CalledProcessError(VmetteError):
 
 
 class TimeoutExpired(VmetteError):
-    """The time-out passed before the command ended. The VM is gone; `stdout` and `stderr` are what had come by then."""
+    """The time-out passed before the command ended. `stdout` and `stderr` are what had come by then."""
 
     exit_code = 124
 

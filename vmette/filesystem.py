@@ -13,7 +13,7 @@ import select
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -39,6 +39,7 @@ CHUNK = 1 << 18
 GRACE_SECONDS = 2.0
 """What a function whose input ends early has to remove what it has begun."""
 
+MAX_OFFSET = (1 << 63) - 1
 MAX_NAME = 255
 MAX_TARGET = 4095
 _STAT = struct.Struct("<IIIIQqII")
@@ -196,17 +197,18 @@ class Files:
             OSError: `file` cannot be written.
         """
         written = 0
-        for piece in self._pieces(path, offset, length, max_bytes, options):
-            file.write(piece)
-            written += len(piece)
+        with closing(self._pieces(path, offset, length, max_bytes, options)) as pieces:
+            for piece in pieces:
+                file.write(piece)
+                written += len(piece)
         return written
 
     def _pieces(
         self, path: GuestPath, offset: int, length: int | None, max_bytes: int, options: Options
-    ) -> Iterator[bytes]:
+    ) -> Generator[bytes]:
         if offset < 0 or (length is not None and length < 0) or max_bytes < 0:
             raise ConfigError("an offset, a length or a limit is negative")
-        wanted = max_bytes + 1 if length is None else min(length, max_bytes + 1)
+        wanted = min(MAX_OFFSET if length is None else length, max_bytes + 1)
         left = max_bytes
         with self._bound(options)._call(b"read", _encoded(path), b"%d" % offset, b"%d" % wanted) as call:
             while piece := call.read():
@@ -369,7 +371,7 @@ class Files:
             parent = _parent(target)
             if not self.stat(parent).is_dir:
                 raise _not_a_directory(parent) from None
-        return _parent(target), PurePosixPath(os.fsdecode(target)).name.encode("utf-8", "surrogateescape")
+        return _parent(target), os.fsencode(PurePosixPath(os.fsdecode(target)).name)
 
     def copy_out(
         self,
@@ -699,7 +701,7 @@ def _decode_stat(fields: Mapping[int, bytes]) -> Stat:
     if len(value) != _STAT.size:
         raise ProtocolError("the guest did not say what a file is")
     mode, uid, gid, nlink, size, mtime, major, minor = _STAT.unpack(value)
-    if stat.S_IFMT(mode) not in _TYPES or mode >= 1 << 16 or size >= 1 << 63:
+    if stat.S_IFMT(mode) not in _TYPES or mode >= 1 << 16 or size > MAX_OFFSET:
         raise ProtocolError("the guest told of a file that cannot be")
     if (target is not None) != stat.S_ISLNK(mode) or b"\0" in (target or b"") or len(target or b"") > MAX_TARGET:
         raise ProtocolError("the guest told of a symlink that cannot be")

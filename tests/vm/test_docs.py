@@ -41,8 +41,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "place"
     (place / "results").mkdir(parents=True)
     (place / "names").mkdir()
-    for name in ("b", "a"):
-        (place / "names" / name).write_text(f"{name}\n")
+    (place / "names" / "names").write_text("b\na\n")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.chdir(place)

@@ -134,16 +134,32 @@ def convert(
         OSError: it cannot be read or written.
     """
     with (directory / "data").open("xb") as file:
-        blocks = _Blocks(file, limits.max_bytes)
-        stream = Stream(source, limits.max_bytes, cancelled)
         with (directory / "index").open("x", encoding="ascii") as index:
-            for e in entries(stream, blocks, max_entries=limits.max_entries, whiteouts=whiteouts):
+            for e in spooled(source, file, limits, whiteouts=whiteouts, cancelled=cancelled):
                 index.write(json.dumps(_row(e), separators=(",", ":")) + "\n")
             index.flush()
             os.fsync(index.fileno())
-        blocks.finish()
         file.flush()
         os.fsync(file.fileno())
+
+
+def spooled(
+    source: BinaryIO,
+    file: BinaryIO,
+    limits: Limits,
+    *,
+    whiteouts: bool = True,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[Entry]:
+    """The entries of the archive `source`; the bytes of its files go to `file`, which is empty.
+
+    Raises:
+        ArchiveError, InterruptedError, OSError: as :func:`convert`.
+    """
+    blocks = _Blocks(file, limits.max_bytes)
+    stream = Stream(source, limits.max_bytes, cancelled)
+    yield from entries(stream, blocks, max_entries=limits.max_entries, whiteouts=whiteouts)
+    blocks.finish()
 
 
 def _row(e: Entry) -> list[object]:

@@ -1,13 +1,15 @@
 """Writing a tree as a directory of the host, where nothing of it may lead anywhere else.
 
-Every name is made relative to a descriptor of its own directory, which was made here a moment before in a place that
-is nobody else's: no path of the image is ever resolved by the host.
+Every name is made relative to a descriptor of its own directory: no path of the tree is ever resolved by the host.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import BinaryIO
 
 from .layers import extents, write_at
@@ -30,6 +32,26 @@ def unpack(tree: Tree, layers: Sequence[BinaryIO], directory: int) -> None:
     _Unpacker(layers).directory(tree.root, directory)
 
 
+def place(nodes: Mapping[bytes, Node], layers: Sequence[BinaryIO], directory: int, *, modes: int = 0o1777) -> None:
+    """Writes `nodes`, by their names, into the directory open as `directory`, which others may be using.
+
+    They become files of this user's, with their times and with those bits of their modes that `modes` has. Directories
+    stay their owner's to change, so that he can get rid of them. Directories that are there take the new contents in;
+    anything else that is there is replaced, and never followed.
+
+    Raises:
+        OSError: something cannot be written; EISDIR or ENOTDIR where a directory and something else have one name.
+    """
+    top = Node("d")
+    top.children = dict(nodes)
+    _Placer(layers, modes).contents(top, directory)
+
+
+def new_name() -> str:
+    """A name that nothing else has, for what is not finished."""
+    return f".vmette-{secrets.token_hex(8)}"
+
+
 class _Unpacker:
     def __init__(self, layers: Sequence[BinaryIO]) -> None:
         self._layers = layers
@@ -41,29 +63,35 @@ class _Unpacker:
         self._links = -1
 
     def directory(self, root: Node, top: int) -> None:
+        """Writes `root`."""
+        self.contents(root, top)
+        self._attributes(root, top)  # when nothing more is made in it
+
+    def contents(self, root: Node, top: int) -> None:
         """Writes what is in `root`."""
         self._several = _with_several_names(root)
         if not self._several:
             self._below(root, top)
             return
         # While we work, files with several names have another one that is short and known.
-        name = ".vmette-links"
-        while name.encode() in (root.children or {}):
-            name += "_"
+        name = new_name()
         os.mkdir(name, 0o700, dir_fd=top)
         self._links = os.open(name, _DIRECTORY, dir_fd=top)
         try:
-            self._below(root, top, name)
+            self._below(root, top)
         finally:
+            for link in self._made.values():
+                os.unlink(link, dir_fd=self._links)
             os.close(self._links)
+            os.rmdir(name, dir_fd=top)
 
-    def _below(self, root: Node, top: int, links: str = "") -> None:
+    def _below(self, root: Node, top: int) -> None:
         """Writes what is in `root`, directories after what is in them: depth first with one descriptor."""
         fd = os.dup(top)
         try:
-            stack = [(root, sorted(root.children or {}, reverse=True))]
-            while stack:
-                node, names = stack[-1]
+            stack = [(root, sorted(root.children or {}, reverse=True), _identity(fd))]
+            while True:
+                node, names, _ = stack[-1]
                 assert node.children is not None
                 if names:
                     name = names.pop()
@@ -71,19 +99,18 @@ class _Unpacker:
                     if child.kind != "d":
                         self._file(child, name, fd)
                         continue
-                    os.mkdir(name, 0o700, dir_fd=fd)
-                    stack.append((child, sorted(child.children or {}, reverse=True)))
+                    self._make_directory(name, fd)
                     there = os.open(name, _DIRECTORY, dir_fd=fd)
+                    stack.append((child, sorted(child.children or {}, reverse=True), _identity(there)))
+                elif len(stack) == 1:
+                    return
                 else:
                     stack.pop()
-                    if not stack and links:
-                        for link in self._made.values():
-                            os.unlink(link, dir_fd=self._links)
-                        os.rmdir(links, dir_fd=fd)
-                    # Nobody else moves what is here, so that `..` is where we came from.
-                    there = os.open("..", _DIRECTORY, dir_fd=fd) if stack else os.dup(fd)
+                    there = os.open("..", _DIRECTORY, dir_fd=fd)
                     try:
-                        self._attributes(node, fd)  # when nothing more is made in it
+                        if _identity(there) != stack[-1][2]:
+                            raise OSError(errno.ESTALE, "a directory was moved while it was written")
+                        self._attributes(node, fd)
                     except BaseException:
                         os.close(there)
                         raise
@@ -92,13 +119,17 @@ class _Unpacker:
         finally:
             os.close(fd)
 
+    def _make_directory(self, name: bytes, fd: int) -> None:
+        os.mkdir(name, 0o700, dir_fd=fd)
+
     def _file(self, node: Node, name: bytes, fd: int) -> None:
         first = self._made.get(id(node))
         if first is None:
             self._new_file(node, name, fd)
             if id(node) in self._several:
-                first = self._made[id(node)] = str(len(self._made))
+                first = str(len(self._made))
                 os.link(name, first, src_dir_fd=fd, dst_dir_fd=self._links, follow_symlinks=False)
+                self._made[id(node)] = first
         else:
             os.link(first, name, src_dir_fd=self._links, dst_dir_fd=fd, follow_symlinks=False)
 
@@ -152,6 +183,38 @@ class _Unpacker:
         return {**kept, OVERRIDE.encode(): text.encode()}
 
 
+class _Placer(_Unpacker):
+    """Writes files as this user makes them, into what may be there. There are no devices among them."""
+
+    def __init__(self, layers: Sequence[BinaryIO], modes: int) -> None:
+        super().__init__(layers)
+        self._root = False
+        self._modes = modes
+
+    def _make_directory(self, name: bytes, fd: int) -> None:
+        with suppress(FileExistsError):  # if it is something else, it does not open
+            super()._make_directory(name, fd)
+
+    def _file(self, node: Node, name: bytes, fd: int) -> None:
+        """It gets its name when it is whole, in place of what has it."""
+        draft = os.fsencode(new_name())
+        try:
+            super()._file(node, draft, fd)
+            os.rename(draft, name, src_dir_fd=fd, dst_dir_fd=fd)
+        finally:
+            with suppress(FileNotFoundError):  # else it failed; or both were names of one file, and have stayed
+                os.unlink(draft, dir_fd=fd)
+
+    def _attributes(self, node: Node, fd: int) -> None:
+        os.fchmod(fd, node.mode & self._modes | (0o700 if node.kind == "d" else 0))
+        os.utime(fd, ns=(node.mtime, node.mtime))
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
 def _with_several_names(root: Node) -> set[int]:
     once: set[int] = set()
     several: set[int] = set()
@@ -167,8 +230,6 @@ def _with_several_names(root: Node) -> set[int]:
 
 def _set_attribute(fd: int, name: bytes, value: bytes) -> None:
     """Sets an extended attribute; a file system that has none does without."""
-    import errno
-
     import xattr
 
     try:
