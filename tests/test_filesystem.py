@@ -21,6 +21,7 @@ import pytest
 import vmette
 from tests.images.layer_tools import B, C, D, H, Item, L, P, item, tar
 from tests.test_builtins import ENVIRONMENT, build
+from tests.vm.support import children
 from vmette import filesystem
 from vmette.config import Command
 from vmette.filesystem import Entry, Files, Stat, decode_entries
@@ -66,11 +67,10 @@ def hostile(tmp_path: Path, *items: Item, data: bytes | None = None) -> Files:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    before = set(Path("/proc/self/fd").iterdir())
+    files, processes = set(Path("/proc/self/fd").iterdir()), children()
     yield
-    assert set(Path("/proc/self/fd").iterdir()) <= before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert set(Path("/proc/self/fd").iterdir()) <= files
+    assert children() <= processes
 
 
 def below(top: Path) -> dict[str, int]:

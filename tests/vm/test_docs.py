@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ FAR = {
 """What cannot be had in a test, and what stands for it."""
 
 
-def blocks(language: str) -> list[object]:
+def blocks(language: str) -> list[Any]:
     found = []
     for page in PAGES:
         for number, match in enumerate(BLOCK.finditer(page.read_text())):
