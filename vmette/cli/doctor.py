@@ -31,7 +31,7 @@ class Finding:
 
 @click.command()
 def command() -> int:
-    """Check what this computer has for vmette: QEMU, acceleration, shares, the guest payload, the cache.
+    """Check what this computer has for vmette: QEMU, acceleration, shares, networks, the guest payload, the cache.
 
     Exits with 1 if there is a problem.
     """
@@ -106,6 +106,23 @@ def _shares() -> Iterator[Finding]:
         yield Finding("shares", "slow", "9p", f"virtio-fs is faster, but {path} does not work for this user")
 
 
+def _network() -> Iterator[Finding]:
+    from ..vmm import passt
+
+    if (program := passt.find()) is not None:
+        yield Finding("network", "ok", f"passt ({program})")
+    else:
+        advice = "with --net, a guest reaches what listens on this computer's loopback; passt prevents that: install it"
+        yield Finding("network", "slow", "QEMU's own", advice)
+
+
+def _vsock() -> Iterator[Finding]:
+    from ..vmm import qemu
+
+    device = qemu.new_vsock_cid() is not None
+    yield Finding("vsock", "ok", str(qemu.VHOST_VSOCK) if device else "through the guest's agent")
+
+
 def _payload() -> Iterator[Finding]:
     arch = assets.host_arch()
     for subject, find in (
@@ -144,4 +161,4 @@ def _cache() -> Iterator[Finding]:
         yield Finding("cache", "ok", text)
 
 
-CHECKS = (_qemu, _accelerator, _shares, _payload, _cache)
+CHECKS = (_qemu, _accelerator, _shares, _network, _vsock, _payload, _cache)
