@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
 from .config import Command
-from .errors import ConfigError, SandboxTimeout
-from .machine import Machine, MachineOptions, booted, prepare
+from .errors import SandboxTimeout
+from .machine import MachineOptions, execute, prepare
 from .process import MAX_OUTPUT, Captured, CompletedProcess, encoded
-from .streams import BytesSource, Sink, Source
+from .streams import BytesSource
 from .timings import Stopwatch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .guest import Guest, Stream
-    from .protocol import Exited
-
-
-def execute(
-    machine: Machine,
-    command: Command,
-    stdin: Source,
-    stdout: Sink,
-    stderr: Sink,
-    *,
-    stopwatch: Stopwatch,
-    timeout: float | None = None,
-    debug: Callable[[str], None] | None = None,
-    attach: Callable[[Guest], AbstractContextManager[Callable[[Stream], None]]] | None = None,
-) -> Exited:
-    """Boots `machine`, runs `command` in it, and ends it.
-
-    `attach` surrounds the command once the guest is up; what it yields is given the command's stream.
-
-    Raises:
-        SandboxTimeout: `timeout` seconds have passed.
-        VmetteError: see :meth:`vmette.guest.Guest.run`.
-    """
-    if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
-        raise ConfigError(f"a time-out of {timeout} seconds cannot be kept")
-    deadline = None if timeout is None else time.monotonic() + timeout
-    with booted(machine, stopwatch, deadline=deadline, debug=debug) as guest:
-        if attach is not None:
-            guest.turn_until(lambda: guest.kernel is not None, deadline)
-        with attach(guest) if attach is not None else nullcontext() as started:
-            exited = guest.run(command, stdin, stdout, stderr, deadline=deadline, started=started)
-        guest.finish(deadline)
-    return exited
 
 
 @overload

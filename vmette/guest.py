@@ -154,7 +154,7 @@ class Guest:
         """The release of the guest's kernel; None until it is up."""
         self._crippled: float | None = None
         """When a program that serves the VM has ended."""
-        self.writes_to_host = any(not share.read_only for share in machine.config.shares)
+        self.writes_to_host = any(not each.read_only for each in (*machine.config.shares, *machine.config.disks))
         self._started = time.monotonic()
         self._slept = _seconds_slept()
         self._machine = machine
@@ -327,7 +327,7 @@ class Guest:
             self.turn(deadline)
 
     def finish(self, deadline: float | None = None) -> None:
-        """Lets the guest write back what it holds of shares; without a writable share there is nothing to wait for."""
+        """Lets the guest write back what it holds of shares and disks; without a writable one nothing is waited for."""
         if not self.writes_to_host:
             return
         self._connection.shutdown()
@@ -590,11 +590,13 @@ class Guest:
         while data := _drain(machine.errors):
             self._vmm_said.feed(data)
         words = self._console.last_words
-        said = [line for line in self._vmm_said.last_words if line.startswith("qemu")]
+        lines = self._vmm_said.last_words
+        last = max((at for at, line in enumerate(lines) if line.startswith("qemu")), default=len(lines))
+        said = " ".join(lines[last:])
         status = os.waitstatus_to_exitcode(machine.child.status or 0)
         if status != 0:
             how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
-            return VmmError(f"QEMU {how}: {said[-1]}" if said else f"QEMU {how}")
+            return VmmError(f"QEMU {how}: {said}" if said else f"QEMU {how}")
         when = "before the command did" if self.kernel is not None else "before it was up"
         panic = next((line for line in words if "Kernel panic" in line), "")
         return GuestError(f"the guest ended {when}" + (f": {panic}" if panic else ""), words)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import assets
 from .config import Command, Disk, MachineConfig, Share, scratch_size
+from .errors import ConfigError
 from .locks import held
 from .providers.base import Context, ImageConfig, Progress
 from .timings import Stopwatch
 
 if TYPE_CHECKING:
-    from .guest import Guest
+    from .guest import Guest, Stream
+    from .protocol import Exited
     from .providers.registry import Registry
     from .services import Services
+    from .streams import Sink, Source
 
 SERVICES = ("secrets", "secrets_user", "ca_certs", "allow_hosts", "publish", "vsock_port", "guest_vsock_port")
 """The options that are given over the control channel: see :mod:`vmette.services`."""
@@ -263,3 +268,35 @@ def booted(
 
             stack.enter_context(running(guest, machine.services, config.vsock_cid, deadline))
         yield guest
+
+
+def execute(
+    machine: Machine,
+    command: Command,
+    stdin: Source,
+    stdout: Sink,
+    stderr: Sink,
+    *,
+    stopwatch: Stopwatch,
+    timeout: float | None = None,
+    debug: Callable[[str], None] | None = None,
+    attach: Callable[[Guest], AbstractContextManager[Callable[[Stream], None]]] | None = None,
+) -> Exited:
+    """Boots `machine`, runs `command` in it, and ends it.
+
+    `attach` surrounds the command once the guest is up; what it yields is given the command's stream.
+
+    Raises:
+        SandboxTimeout: `timeout` seconds have passed.
+        VmetteError: see :meth:`vmette.guest.Guest.run`.
+    """
+    if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
+        raise ConfigError(f"a time-out of {timeout} seconds cannot be kept")
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with booted(machine, stopwatch, deadline=deadline, debug=debug) as guest:
+        if attach is not None:
+            guest.turn_until(lambda: guest.kernel is not None, deadline)
+        with attach(guest) if attach is not None else nullcontext() as started:
+            exited = guest.run(command, stdin, stdout, stderr, deadline=deadline, started=started)
+        guest.finish(deadline)
+    return exited

@@ -324,7 +324,7 @@ class Connection:
         return self._last_stream
 
     def exec(self, command: Command, *, announced: bool = False) -> int:
-        """Starts a command and returns its stream number. If it is to be `announced`, :class:`Opened` says that it runs.
+        """Starts a command and returns its stream number. If it is `announced`, :class:`Opened` says that it runs.
 
         Raises:
             ProtocolError: the arguments and environment are larger than the protocol carries (2 MiB).

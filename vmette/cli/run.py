@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..api import execute
 from ..config import ACCELERATORS, Command, Disk, Share
 from ..errors import ConfigError, SandboxTimeout, TimeoutExpired, reason
-from ..machine import Machine, MachineOptions, prepare
+from ..machine import Machine, MachineOptions, execute, prepare
 from ..providers.base import FORMS, PULL_POLICIES, Progress
 from ..streams import FdSink, FdSource, limited
 from ..timings import Stopwatch
