@@ -250,7 +250,7 @@ class Agent:
     def give_back(self, stream: Stream) -> None:
         """Takes the output of `stream` out of the window."""
         for output in stream.held:
-            self.connection.consumed(output)
+            self.connection.consumed(output.stream, output.channel, len(output.data))
         stream.held.clear()
 
 

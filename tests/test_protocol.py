@@ -237,7 +237,7 @@ def test_eof_signal_and_shutdown(connection: Connection) -> None:
 def test_nothing_is_sent_to_a_command_that_has_ended(connection: Connection, end: Frame) -> None:
     output, _ = receive(connection, Frame(FrameType.STDOUT, 1, bytes(MAX_DATA)), end)
     assert isinstance(output, Output)
-    connection.consumed(output)
+    connection.consumed(output.stream, output.channel, len(output.data))
     connection.signal(1, 15)
     connection.send_eof(1)
     assert sent(connection) == []
@@ -407,7 +407,7 @@ def test_output_without_end_if_it_is_given_back(connection: Connection) -> None:
     for _ in range(5 * WINDOW // MAX_DATA):
         (output,) = receive(connection, Frame(FrameType.STDOUT, 1, bytes(MAX_DATA)))
         assert isinstance(output, Output)
-        connection.consumed(output)
+        connection.consumed(output.stream, output.channel, len(output.data))
     assert sent(connection) == [Frame(FrameType.WINDOW, 1, CREDIT.pack(Channel.STDOUT, MAX_DATA))] * 20
 
 
@@ -603,7 +603,7 @@ def test_no_more_is_given_back_than_was_taken(outputs: list[tuple[Channel, int]]
             waiting.append(event)
         while len(waiting) > held:
             output = waiting.pop(0)
-            connection.consumed(output)
+            connection.consumed(output.stream, output.channel, len(output.data))
             taken[output.channel] += len(output.data)
         for frame in sent(connection):
             assert (frame.kind, frame.stream) == (FrameType.WINDOW, 1)

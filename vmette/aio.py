@@ -20,7 +20,18 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
 from .errors import OutputTooLarge, SandboxClosed, VmetteError
 from .guest import STOP_SECONDS
 from .machine import MachineOptions, cancellable
-from .process import MAX_OUTPUT, PIPE_BYTES, Captured, CompletedProcess, Popen, Redirection, Running, decoded, encoded
+from .process import (
+    LINE_BYTES,
+    MAX_OUTPUT,
+    PIPE_BYTES,
+    Captured,
+    CompletedProcess,
+    Popen,
+    Redirection,
+    Running,
+    decoded,
+    encoded,
+)
 from .protocol import SignalFlag
 from .sandbox import Sandbox
 from .streams import BytesSource
@@ -34,9 +45,6 @@ if TYPE_CHECKING:
     from .vsock import Vsock
 
 T = TypeVar("T")
-
-LINE_BYTES = 1 << 20
-"""The longest line that :meth:`AsyncPopen.lines` takes, and half of what a reader holds before its pipe fills."""
 
 
 def in_thread(function: Callable[[], T]) -> asyncio.Future[T]:

@@ -13,8 +13,21 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .config import Command
-from .errors import CommandNotStarted, GuestError, SandboxClosed, SandboxTimeout, VmetteError, VmmError
-from .protocol import Accepted, Channel, Connection, Ended, Event, Exited, Failure, Hello, Opened, Output, SignalFlag
+from .errors import CommandNotStarted, GuestError, ProtocolError, SandboxClosed, SandboxTimeout, VmetteError, VmmError
+from .protocol import (
+    MAX_STREAMS,
+    Accepted,
+    Channel,
+    Connection,
+    Ended,
+    Event,
+    Exited,
+    Failure,
+    Hello,
+    Opened,
+    Output,
+    SignalFlag,
+)
 from .providers.base import Cancelled
 from .streams import BytesSource, Discard, Sink, Source
 from .timings import Stopwatch
@@ -33,6 +46,8 @@ CRIPPLED_SECONDS = 1.0
 """A VM that ends takes its file servers along; if it has not ended by then, a file server went alone."""
 CANCEL_SECONDS = 0.1
 """How long a wait for a guest that is not up goes on, at most, before `cancelled` is asked again."""
+MAX_POLL = 1e9
+"""Milliseconds: poll(2) takes an int of them, which is 24 days."""
 CONSOLE_BYTES = 16384
 """How much of the end of the console is kept."""
 LAST_WORDS = 20
@@ -92,9 +107,8 @@ class Stream:
         self.sinks = sinks
         self.finished = finished
         self.opened = opened
-        self.pending: dict[Channel, deque[Output]] = {channel: deque() for channel in sinks}
-        self.written: dict[Channel, int] = dict.fromkeys(sinks, 0)
-        """Of the first of `pending`."""
+        self.pending: dict[Channel, bytearray] = {channel: bytearray() for channel in sinks}
+        """What has come and was not passed on: at most the channel's window."""
         self.ended: set[Channel] = set()
         """Channels on which no more comes."""
         self.end: Exited | Failure | None = None
@@ -154,7 +168,8 @@ class Guest:
         """The release of the guest's kernel; None until it is up."""
         self._crippled: float | None = None
         """When a program that serves the VM has ended."""
-        self.writes_to_host = any(not each.read_only for each in (*machine.config.shares, *machine.config.disks))
+        config = machine.config
+        self.writes_to_host = not all([*(s.read_only for s in config.shares), *(d.read_only for d in config.disks)])
         self._started = time.monotonic()
         self._slept = _seconds_slept()
         self._machine = machine
@@ -165,6 +180,7 @@ class Guest:
         self._watched: dict[int, int] = {}
         self._ready: dict[int, int] = {}
         self._watches: dict[int, Callable[[], None]] = {}
+        self._at_end: list[Callable[[], None]] = []
         self._calls: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
         self._wake: tuple[int, int] | None = None
         """A pipe: a byte in it ends a wait."""
@@ -247,6 +263,14 @@ class Guest:
         """Tells the terminal of a command its size."""
         self._connection.resize(number, rows, columns)
 
+    def reject(self, number: int) -> None:
+        """Ends a connection that a listener took and that is not wanted."""
+        self._connection.signal(number, signal.SIGKILL)
+
+    def at_end(self, function: Callable[[], None]) -> None:
+        """Has `function` called when the guest is gone."""
+        self._at_end.append(function)
+
     def watch(self, fd: int, readable: Callable[[], None]) -> None:
         """Has `readable` called whenever there is something to read from `fd`, until :meth:`unwatch`."""
         self._watches[fd] = readable
@@ -265,13 +289,15 @@ class Guest:
 
     def end_all(self, error: Exception) -> None:
         """Finishes every stream with `error`: the guest is gone."""
-        streams, self._streams = self._streams, {}
-        listeners, self._listeners = self._listeners, {}
-        for stream in streams.values():
+        while self._streams:
+            _, stream = self._streams.popitem()
             self._end_sinks(stream)
             stream.finished(stream.error or stream.end or error)
-        for listener in listeners.values():
+        while self._listeners:
+            _, listener = self._listeners.popitem()
             listener.finished(error)
+        while self._at_end:
+            self._at_end.pop()()
 
     def run(
         self,
@@ -402,17 +428,7 @@ class Guest:
         room = self._connection.stdin_room(stream.number)
         source = stream.stdin
         if source is not None and stream.end is None and room and self._is_ready(source.fd, READABLE):
-            try:
-                data = source.read(room)
-            except OSError as error:
-                self.fail(stream, error)
-                data = b""
-            if data:
-                self._connection.send_stdin(stream.number, data)
-            else:
-                source.end()
-                stream.stdin = None
-                self._connection.send_eof(stream.number)
+            self._read(stream, source, room)
         for channel, sink in list(stream.sinks.items()):
             if stream.pending[channel] and self._is_ready(sink.fd, WRITABLE):
                 self._write(stream, channel, sink)
@@ -424,10 +440,26 @@ class Guest:
                 self._end_sinks(stream)
                 stream.finished(stream.error or stream.end)
 
-    def _write(self, stream: Stream, channel: Channel, sink: Sink) -> None:
-        output = stream.pending[channel][0]
+    def _read(self, stream: Stream, source: Source, room: int) -> None:
         try:
-            stream.written[channel] += sink.write(memoryview(output.data)[stream.written[channel] :])
+            data = source.read(room)
+        except BlockingIOError:  # somebody else who reads there was faster
+            return
+        except OSError as error:
+            self.fail(stream, error)
+            data = b""
+        if data:
+            self._connection.send_stdin(stream.number, data)
+        else:
+            source.end()
+            stream.stdin = None
+            self._connection.send_eof(stream.number)
+
+    def _write(self, stream: Stream, channel: Channel, sink: Sink) -> None:
+        pending = stream.pending[channel]
+        try:
+            with memoryview(pending) as data:
+                written = sink.write(data)
         except BrokenPipeError:
             self._drop(stream, channel)
             if Channel.STDERR in stream.sinks:
@@ -437,17 +469,15 @@ class Guest:
         except (OSError, VmetteError) as error:
             self.fail(stream, error)
         else:
-            if stream.written[channel] == len(output.data):
-                stream.written[channel] = 0
-                self._connection.consumed(stream.pending[channel].popleft())
+            del pending[:written]
+            self._connection.consumed(stream.number, channel, written)
 
     def _drop(self, stream: Stream, channel: Channel) -> None:
         """From now on what comes on `channel` goes nowhere."""
         stream.sinks[channel].end()
         stream.sinks[channel] = Discard()
-        stream.written[channel] = 0
-        while stream.pending[channel]:
-            self._connection.consumed(stream.pending[channel].popleft())
+        dropped, stream.pending[channel] = stream.pending[channel], bytearray()
+        self._connection.consumed(stream.number, channel, len(dropped))
 
     def _end_sinks(self, stream: Stream) -> None:
         for sink in stream.sinks.values():
@@ -462,7 +492,7 @@ class Guest:
             reason = f"{event.text}: {os.strerror(event.errno)}" if event.errno else event.text
             raise GuestError(f"the guest could not set itself up: {reason}", self._console.last_words)
         elif isinstance(event, Accepted):
-            self._listeners[event.listener].accept(event.stream, event.peer)
+            self._take_connection(event)
         elif listener := self._listeners.get(event.stream):
             if isinstance(event, (Exited, Failure)):
                 del self._listeners[event.stream]
@@ -472,9 +502,18 @@ class Guest:
         elif stream := self._streams.get(event.stream):
             self._take_of_stream(stream, event)
 
+    def _take_connection(self, event: Accepted) -> None:
+        """Streams that have ended and whose last bytes nobody takes count too: what is held of all is bounded."""
+        if event.stream in self._streams:
+            raise ProtocolError("the guest numbered a connection wrongly")
+        if len(self._streams) >= 2 * MAX_STREAMS:
+            self.reject(event.stream)
+        else:
+            self._listeners[event.listener].accept(event.stream, event.peer)
+
     def _take_of_stream(self, stream: Stream, event: Event) -> None:
         if isinstance(event, Output):
-            stream.pending[event.channel].append(event)
+            stream.pending[event.channel] += event.data
         elif isinstance(event, Ended):
             stream.ended.add(Channel.STDOUT)
         elif isinstance(event, (Exited, Failure)):
@@ -507,7 +546,8 @@ class Guest:
             if self._watched.get(fd) != mask:
                 self._poll.register(fd, mask)
         self._watched = wanted
-        self._ready = dict(self._poll.poll(self._patience(until) if wait else 0))
+        patience = self._patience(until)  # a guest that keeps the loop busy is not waited for any longer
+        self._ready = dict(self._poll.poll(patience if wait else 0))
         if self._crippled is None and any(fd in self._ready for fd in machine.ends):
             self._crippled = time.monotonic()
         if self._wake is not None and self._wake[0] in self._ready:
@@ -568,7 +608,7 @@ class Guest:
                 ends.append(stream.killed + KILL_SECONDS)
                 if now >= ends[-1]:
                     raise GuestError(f"the guest did not kill a command within {KILL_SECONDS:g} seconds")
-        return max(1.0, (min(ends) - now) * 1000 + 1) if ends else None
+        return min(max(1.0, (min(ends) - now) * 1000 + 1), MAX_POLL) if ends else None
 
     def _greeted(self, hello: Hello) -> None:
         self.kernel = hello.kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import selectors
 import signal
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Generic, TypeVar, Union
 
 from .config import signal_number
-from .errors import CalledProcessError, SandboxTimeout, TimeoutExpired
+from .errors import CalledProcessError, OutputTooLarge, SandboxTimeout, TimeoutExpired
 from .protocol import SignalFlag
 from .streams import Buffer, BytesSource, Discard, FdSink, FdSource, Limited, Sink, Source
 from .timings import Timing
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     from io import BufferedReader, BufferedWriter
 
     from .config import Command
-    from .guest import Ending, Stream
+    from .guest import Ending, Guest, Stream
     from .protocol import Exited, Usage
     from .sandbox import Sandbox, Session
+
+logger = logging.getLogger(__name__)
 
 MAX_OUTPUT = 256 << 20
 """Bytes of stdout, and of stderr, that are taken into memory unless a caller says otherwise."""
@@ -34,6 +37,10 @@ MAX_OUTPUT = 256 << 20
 SHOWN_BYTES = 16384
 """How much of the end of an output a notebook shows."""
 
+LINE_BYTES = 1 << 20
+"""The longest line that is taken into memory."""
+MAX_SELECT = 1e6
+"""Seconds: select(2) and its kin cannot wait for months."""
 PIPE_BYTES = 1 << 20
 """The size of a pipe that takes a command's output: fewer wake-ups for bulk data."""
 
@@ -125,14 +132,32 @@ class Captured:
 class Running:
     """A command that a session runs: what any thread can do with it. Holds nothing that keeps a sandbox alive."""
 
-    def __init__(self, session: Session, command: Command, stdin: Source, stdout: Sink, stderr: Sink) -> None:
+    def __init__(
+        self,
+        session: Session,
+        command: Command,
+        stdin: Source,
+        stdout: Sink,
+        stderr: Sink,
+        taken: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`taken` is called, in the session's thread, once the descriptors of the streams are the session's."""
         self._session = session
         self._command = command
         self._done = threading.Event()
         self._ending: Ending | None = None
         self._watchers: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        self._stream: Stream = session.call(lambda guest: guest.exec(command, stdin, stdout, stderr, self._finished))
+
+        def start(guest: Guest) -> Stream:
+            stream = guest.exec(command, stdin, stdout, stderr, self._finished)
+            taken()
+            return stream
+
+        def kill(guest: Guest, stream: Stream) -> None:
+            guest.signal(stream.number, signal.SIGKILL, SignalFlag.ALL)
+
+        self._stream: Stream = session.call(start, kill)
 
     def _finished(self, ending: Ending) -> None:
         self._ending = ending
@@ -140,7 +165,10 @@ class Running:
             self._done.set()
             watchers, self._watchers = self._watchers, []
         for watcher in watchers:
-            watcher()
+            try:
+                watcher()
+            except Exception:  # the session goes on
+                logger.exception("what was to be called at a command's end has failed")
 
     def when_done(self, watcher: Callable[[], None]) -> None:
         """Has `watcher` called once the command has ended: in the session's thread, or now."""
@@ -238,37 +266,41 @@ class Popen:
         """As :class:`subprocess.Popen` has it: None until :meth:`poll` or :meth:`wait` has found that it has ended."""
         self.usage: Usage | None = None
         """What it took of the machine; None until then."""
-        with ExitStack() as undo:
-            source = self._source(stdin, undo)
-            out, self.stdout = self._sink(stdout, 1, undo)
+        self._taken = {1: bytearray(), 2: bytearray()}
+        """What :meth:`communicate` has read by now."""
+        with ExitStack() as ours, ExitStack() as theirs:
+            source = self._source(stdin, ours, theirs)
+            out, self.stdout = self._sink(stdout, 1, ours, theirs)
             if stderr == subprocess.STDOUT:
-                err: Sink = FdSink(_kept(os.dup(out.fd), undo), owned=True) if out.fd is not None else Discard()
+                err: Sink = FdSink(_kept(os.dup(out.fd), theirs), owned=True) if out.fd is not None else Discard()
             else:
-                err, self.stderr = self._sink(stderr, 2, undo)
-            self._running = Running(session, command, source, out, err)
-            undo.pop_all()
+                err, self.stderr = self._sink(stderr, 2, ours, theirs)
+            self._running = Running(session, command, source, out, err, theirs.pop_all)
+            ours.pop_all()
 
-    def _source(self, target: Redirection, undo: ExitStack) -> Source:
+    def _source(self, target: Redirection, ours: ExitStack, theirs: ExitStack) -> Source:
         if target == subprocess.DEVNULL:
             return BytesSource(b"")
         if target != subprocess.PIPE:
-            return FdSource(_kept(_duplicate(target, 0), undo), owned=True)
-        theirs, ours = os.pipe()
-        self.stdin = undo.enter_context(os.fdopen(ours, "wb"))
-        os.set_blocking(_kept(theirs, undo), False)
-        return FdSource(theirs, owned=True)
+            return FdSource(_kept(_duplicate(target, 0), theirs), owned=True)
+        end, our_end = os.pipe()
+        self.stdin = ours.enter_context(os.fdopen(our_end, "wb"))
+        os.set_blocking(_kept(end, theirs), False)
+        return FdSource(end, owned=True)
 
-    def _sink(self, target: Redirection, own: int, undo: ExitStack) -> tuple[Sink, BufferedReader | None]:
+    def _sink(
+        self, target: Redirection, own: int, ours: ExitStack, theirs: ExitStack
+    ) -> tuple[Sink, BufferedReader | None]:
         if target == subprocess.DEVNULL:
             return Discard(), None
         if target != subprocess.PIPE:
-            return FdSink(_kept(_duplicate(target, own), undo), owned=True), None
-        ours, theirs = os.pipe()
-        reader = undo.enter_context(os.fdopen(ours, "rb"))
-        os.set_blocking(_kept(theirs, undo), False)
+            return FdSink(_kept(_duplicate(target, own), theirs), owned=True), None
+        our_end, end = os.pipe()
+        reader = ours.enter_context(os.fdopen(our_end, "rb"))
+        os.set_blocking(_kept(end, theirs), False)
         with suppress(OSError, AttributeError):  # beyond the user's limit; or no Linux
-            fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        return FdSink(theirs, owned=True), reader
+            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        return FdSink(end, owned=True), reader
 
     def __enter__(self) -> Popen:
         return self
@@ -346,24 +378,32 @@ class Popen:
             yield from self._read(selector, None, memoryview(b""))
 
     def lines(self) -> Iterator[str]:
-        """The lines of stdout, without their ends, as they come. What goes to stderr is read by nobody meanwhile."""
+        """The lines of stdout, without their ends, as they come. What goes to stderr is read by nobody meanwhile.
+
+        Raises:
+            OutputTooLarge: a line is longer than 1 MiB.
+        """
         assert self.stdout is not None, "stdout is no pipe"
-        for line in self.stdout:
+        while line := self.stdout.readline(LINE_BYTES + 1):
+            if len(line) > LINE_BYTES:
+                raise OutputTooLarge(f"the command wrote a line of more than {LINE_BYTES} bytes: read it by chunks")
             yield decoded(line.rstrip(b"\n"))
 
     def communicate(
         self,
         input: bytes | None = None,  # noqa: A002 (the name that subprocess has)
         timeout: float | None = None,
+        max_output: int = MAX_OUTPUT,
     ) -> tuple[bytes, bytes]:
         """Writes `input` to stdin and closes it, takes what comes from stdout and stderr, waits for the end.
 
         Raises:
             TimeoutExpired: `timeout` seconds have passed. It carries the output so far; the command goes on.
+            OutputTooLarge: there are more than `max_output` bytes of one of them. The command has been killed.
             CommandNotStarted, SandboxClosed, …: as :meth:`wait`.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        taken = {1: bytearray(), 2: bytearray()}
+        taken = self._taken
         try:
             with selectors.DefaultSelector() as selector:
                 if self.stdin is not None and input:
@@ -374,6 +414,9 @@ class Popen:
                     self._close_stdin()
                 for number, data in self._read(selector, deadline, memoryview(input or b"")):
                     taken[number] += data
+                    if len(taken[number]) > max_output:
+                        self._running.kill()
+                        raise OutputTooLarge(f"the command wrote more than {max_output} bytes: raise the limit")
             self._settle(self._running.wait(deadline))
         except SandboxTimeout:
             assert timeout is not None
@@ -388,7 +431,8 @@ class Popen:
         for number, output in outputs.items():
             selector.register(output, selectors.EVENT_READ, number)
         while selector.get_map():
-            ready = selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            left = None if deadline is None else min(max(0.0, deadline - time.monotonic()), MAX_SELECT)
+            ready = selector.select(left)
             if not ready and deadline is not None and time.monotonic() >= deadline:
                 raise SandboxTimeout
             for key, _ in ready:

@@ -382,16 +382,16 @@ class Connection:
         """Asks the guest to end all commands, sync and power off."""
         self._send(FrameType.SHUTDOWN, 0)
 
-    def consumed(self, output: Output) -> None:
-        """Gives the bytes of `output` back to the guest's window. Small pieces are gathered."""
-        state = self._streams.get(output.stream)
+    def consumed(self, stream: int, channel: Channel, size: int) -> None:
+        """Gives `size` bytes of output that have been passed on back to the guest's window. Small ones are gathered."""
+        state = self._streams.get(stream)
         if state is None:
             return
-        state.owed[output.channel] += len(output.data)
-        if (owed := state.owed[output.channel]) >= WINDOW // 4:
-            state.owed[output.channel] = 0
-            state.windows[output.channel] += owed
-            self._send(FrameType.WINDOW, output.stream, CREDIT.pack(output.channel, owed))
+        state.owed[channel] += size
+        if (owed := state.owed[channel]) >= WINDOW // 4:
+            state.owed[channel] = 0
+            state.windows[channel] += owed
+            self._send(FrameType.WINDOW, stream, CREDIT.pack(channel, owed))
 
     # --- from the guest
 

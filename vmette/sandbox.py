@@ -55,12 +55,19 @@ class Session:
             self._dies_at = None if max_lifetime is None else time.monotonic() + max_lifetime
             self._max_lifetime = max_lifetime
             self._busy_until = time.monotonic()
+            self._thread = threading.Thread(target=self._serve, name="vmette-sandbox", daemon=True)
             self._rest = stack.pop_all()
-        self._thread = threading.Thread(target=self._serve, name="vmette-sandbox", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._rest.close()
+            raise
 
-    def call(self, function: Callable[[Guest], T]) -> T:
+    def call(self, function: Callable[[Guest], T], undo: Callable[[Guest, T], None] | None = None) -> T:
         """What `function` returns when the thread calls it with the guest.
+
+        An exception that comes while this waits (of a signal handler) is raised once the thread is through with it,
+        which takes one turn, and `undo` has been asked to undo what it did.
 
         Raises:
             VmetteError: the session has ended.
@@ -77,7 +84,16 @@ class Session:
             done.set()
 
         self.post(task, done.set)
-        done.wait()
+        interrupted: BaseException | None = None
+        while not done.is_set():
+            try:
+                done.wait()
+            except BaseException as error:
+                interrupted = error
+        if interrupted is not None:
+            if results and undo is not None:
+                self.post_if_open(lambda: undo(self.guest, results[0]))
+            raise interrupted
         if errors:
             raise errors[0]
         if not results:
@@ -90,6 +106,8 @@ class Session:
         Raises:
             VmetteError: the session has ended.
         """
+        if os.getpid() != self._pid:  # a fork takes no threads along
+            raise SandboxClosed("the sandbox belongs to another process, from which this one was forked")
         with self._lock:
             if self.ended is not None or self._closing:
                 raise self._reason()
@@ -127,8 +145,10 @@ class Session:
             error = VmmError(f"vmette has failed: {failure!r}")
         with self._lock:
             self.ended = error
-        self.guest.end_all(error)
-        self._rest.close()
+        try:
+            self.guest.end_all(error)
+        finally:
+            self._rest.close()
 
     def _turn_until_closed(self) -> SandboxClosed:
         while not self._closing:

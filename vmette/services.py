@@ -38,6 +38,8 @@ MAX_CONNECTIONS = 64
 HOST_CID, ANY_CID = 2, 0xFFFFFFFF
 """vsock(7)."""
 MAX_LINE = 4096
+MAX_LOGGED = 10_000
+"""Lines of a guest that are logged."""
 MAX_VSOCK_PORT = 0xFFFFFFFE
 RANDOM_VSOCK_PORTS = range(50_000, 60_000)
 MAX_CA_BYTES = 4 << 20
@@ -178,7 +180,7 @@ def running(
             if vsock_cid is None:
                 _listen(guest, f"vsock:{ANY_CID}:{services.vsock_port}", echo.start, deadline)
             else:
-                stack.enter_context(_listening_on_host(guest, vsock_cid, services.vsock_port, echo.start))
+                stack.enter_context(listening_on_host(guest, vsock_cid, services.vsock_port, echo.start))
         yield
 
 
@@ -198,7 +200,11 @@ def _listen(guest: Guest, address: str, serve: Callable[[socket.socket], None], 
     state: list[Ending | None] = []
 
     def accept(number: int, peer: str) -> None:  # noqa: ARG001
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:  # there are no descriptors left
+            guest.reject(number)
+            return
         relay(ours, partial(guest.accepted, number))
         serve(theirs)
 
@@ -214,6 +220,7 @@ class Echo:
     def __init__(self) -> None:
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
+        self._lines = 0
 
     def start(self, connection: socket.socket) -> None:
         """Serves `connection` in a thread of its own; one of too many is closed."""
@@ -222,7 +229,10 @@ class Echo:
                 connection.close()
                 return
             self._open.add(connection)
-        threading.Thread(target=self._serve, args=(connection,), name="vmette-vsock", daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, args=(connection,), name="vmette-vsock", daemon=True).start()
+        except RuntimeError:  # there can be no more threads
+            self._forget(connection)
 
     def close(self) -> None:
         """Ends all."""
@@ -243,15 +253,25 @@ class Echo:
                 connection.sendall(data)
             if rest:
                 self._log(rest)
+        self._forget(connection)
+
+    def _forget(self, connection: socket.socket) -> None:
         with self._lock:
             self._open.discard(connection)
+        connection.close()
 
     def _log(self, line: bytes) -> None:
+        with self._lock:
+            self._lines += 1
+            if self._lines == MAX_LOGGED:
+                logger.warning("vsock: there were %d lines; no more are logged", MAX_LOGGED)
+            if self._lines >= MAX_LOGGED:
+                return
         logger.warning("vsock: %s", "".join(c if c.isprintable() else "?" for c in line.decode(errors="replace")))
 
 
 @contextmanager
-def _listening_on_host(guest: Guest, cid: int, port: int, serve: Callable[[socket.socket], None]) -> Iterator[None]:
+def listening_on_host(guest: Guest, cid: int, port: int, serve: Callable[[socket.socket], None]) -> Iterator[None]:
     """Has `serve` called with each connection that the VM `cid` makes to a vsock port of this host."""
     with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener:
         try:
@@ -316,7 +336,7 @@ def _published(guest: Guest, publication: Publication) -> Iterator[None]:
             try:
                 connection, _ = listener.accept()
             except OSError as error:  # it has gone again; or there are no descriptors left, and one more try is no help
-                if error.errno in {errno.EMFILE, errno.ENFILE}:
+                if error.errno in {errno.EMFILE, errno.ENFILE} and open_now:
                     guest.unwatch(listener.fileno())
                 return
             open_now += 1

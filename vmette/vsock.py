@@ -8,15 +8,16 @@ over the control channel. `vsock-send` and `vsock-runner` behave the same either
 from __future__ import annotations
 
 import queue
+import signal
 import socket
-import threading
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError, GuestError, VmetteError
 from .protocol import Failure
-from .services import ANY_CID, HOST_CID, MAX_VSOCK_PORT, relay
+from .services import ANY_CID, MAX_VSOCK_PORT, listening_on_host, relay
 from .streams import SocketSink, SocketSource
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 LOOPBACK_CID = 1
 BACKLOG = 128
+"""Connections that wait to be accepted."""
+ANSWER_SECONDS = 30.0
+"""What a guest has to answer."""
 
 
 def check_port(port: int) -> int:
@@ -44,6 +48,7 @@ class Listener:
     def __init__(self, port: int, close: Callable[[], None]) -> None:
         self.port = port
         self._close = close
+        self._closed = False
         self._accepted: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
 
     def __enter__(self) -> Listener:
@@ -69,12 +74,20 @@ class Listener:
         return connection
 
     def add(self, connection: socket.socket | None) -> None:
-        """Takes a connection, or the end: for those who serve it."""
-        self._accepted.put(connection)
+        """Takes a connection, or the end: for those who serve it. One more than can wait is closed."""
+        if connection is not None and (self._closed or self._accepted.qsize() >= BACKLOG):
+            connection.close()
+        else:
+            self._accepted.put(connection)
 
     def close(self) -> None:
-        """Takes no more connections. Those that were taken live on."""
+        """Takes no more connections, and closes those that wait. Those that were accepted live on."""
+        self._closed = True
         self._close()
+        with suppress(queue.Empty):
+            while True:
+                if (connection := self._accepted.get_nowait()) is not None:
+                    connection.close()
         self.add(None)
 
 
@@ -96,19 +109,22 @@ class Vsock:
         check_port(port)
         return self._listen_on_host(port, self._cid) if self._cid is not None else self._listen_in_guest(port)
 
-    def connect(self, port: int) -> socket.socket:
+    def connect(self, port: int, timeout: float = ANSWER_SECONDS) -> socket.socket:
         """A stream socket to what listens at `port` in the guest; the caller's to close.
 
         Raises:
             ConfigError: the port is no port.
             ConnectionError: nothing listens there.
+            TimeoutError: the guest has not said within `timeout` seconds.
             SandboxClosed: the VM has ended.
         """
         check_port(port)
         if self._cid is not None:
             connection = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
             try:
+                connection.settimeout(timeout)
                 connection.connect((self._cid, port))
+                connection.settimeout(None)
             except BaseException:
                 connection.close()
                 raise
@@ -116,23 +132,32 @@ class Vsock:
         ours, theirs = socket.socketpair()
         result: queue.SimpleQueue[Ending | None] = queue.SimpleQueue()
 
+        numbers: list[int] = []
+
         def attach(guest: Guest, source: SocketSource, sink: SocketSink, finished: Callable[[Ending], None]) -> None:
             def ended(ending: Ending) -> None:
                 result.put(ending)
                 finished(ending)
 
-            guest.connect(f"vsock:{LOOPBACK_CID}:{port}", source, sink, ended, lambda: result.put(None))
+            opened = partial(result.put, None)
+            numbers.append(guest.connect(f"vsock:{LOOPBACK_CID}:{port}", source, sink, ended, opened).number)
 
         def connect(guest: Guest) -> None:
             relay(theirs, partial(attach, guest))
 
+        def give_up(guest: Guest, _: object = None) -> None:
+            for number in numbers:
+                guest.signal(number, signal.SIGKILL)
+
         try:
-            self._session.call(connect)
-        except BaseException:
+            self._session.call(connect, give_up)
+            ending = result.get(timeout=timeout)
+        except BaseException as error:
             ours.close()
-            theirs.close()
+            self._session.post_if_open(lambda: give_up(self._session.guest))
+            if isinstance(error, queue.Empty):
+                raise TimeoutError(f"the guest has not connected to its vsock port {port} in {timeout:g} s") from None
             raise
-        ending = result.get()
         if ending is None:
             return ours
         ours.close()
@@ -150,18 +175,28 @@ class Vsock:
 
         def start(guest: Guest) -> int:
             def accept(number: int, peer: str) -> None:  # noqa: ARG001
-                ours, theirs = socket.socketpair()
+                try:
+                    ours, theirs = socket.socketpair()
+                except OSError:  # there are no descriptors left
+                    guest.reject(number)
+                    return
                 relay(theirs, partial(guest.accepted, number))
                 listener.add(ours)
 
             return guest.listen(f"vsock:{ANY_CID}:{port}", accept, ended, lambda: result.put(None)).number
 
         def close() -> None:
-            session.post_if_open(lambda: session.guest.signal(number, 9))
+            session.post_if_open(lambda: session.guest.signal(number, signal.SIGKILL))
 
         listener = Listener(port, close)
-        number = session.call(start)
-        ending = result.get()
+        number = session.call(start, lambda guest, number: guest.signal(number, signal.SIGKILL))
+        try:
+            ending = result.get(timeout=ANSWER_SECONDS)
+        except BaseException as error:
+            close()
+            if isinstance(error, queue.Empty):
+                raise GuestError(f"the guest has not listened at vsock port {port} in {ANSWER_SECONDS:g} s") from None
+            raise
         if isinstance(ending, Failure):
             raise GuestError(f"cannot listen at vsock port {port}: {ending.text}")
         if ending is not None:
@@ -169,29 +204,20 @@ class Vsock:
         return listener
 
     def _listen_on_host(self, port: int, cid: int) -> Listener:
-        server = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-        try:
-            server.bind((HOST_CID, port))
-            server.listen(BACKLOG)
-        except OSError as error:
-            server.close()
-            raise GuestError(f"cannot listen at vsock port {port}: {error.strerror}") from error
-
-        def accept() -> None:
-            while True:
-                try:
-                    connection, (peer, _) = server.accept()
-                except OSError:  # it has been closed
-                    return
-                if peer == cid:
-                    listener.add(connection)
-                else:  # another VM of this host
-                    connection.close()
+        session = self._session
+        services = ExitStack()
 
         def close() -> None:
-            server.shutdown(socket.SHUT_RDWR)  # which wakes the thread
-            server.close()
+            session.post_if_open(services.close)
 
         listener = Listener(port, close)
-        threading.Thread(target=accept, name="vmette-vsock", daemon=True).start()
+
+        def start(guest: Guest) -> None:
+            guest.at_end(partial(listener.add, None))
+            services.enter_context(listening_on_host(guest, cid, port, listener.add))
+
+        try:
+            session.call(start, lambda _guest, _none: services.close())
+        except ConfigError as error:
+            raise GuestError(str(error)) from error
         return listener

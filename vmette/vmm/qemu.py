@@ -221,7 +221,7 @@ class QemuMachine:
             self._fds = {0: null, 1: errors, 2: errors}
             self._fds[CONTROL_FD] = theirs.enter_context(control).fileno()
             self._fds[CONSOLE_FD] = theirs.enter_context(console).fileno()
-            attached = self._attach(theirs, errors)
+            attached = self._attach(theirs)
             argv = command_line(config, accel, partial(self._serve, errors=errors), attached)
             logger.debug("%s", argv)
             self.child: Child = spawn(argv, self._fds, {"PATH": "/usr/bin:/bin"})
@@ -257,7 +257,7 @@ class QemuMachine:
         self._fds[number] = fd
         return number
 
-    def _attach(self, theirs: ExitStack, errors: int) -> Attached:
+    def _attach(self, theirs: ExitStack) -> Attached:
         """Makes ready what the VM gets as descriptors; ours of them are closed with `theirs`."""
 
         def own(fd: int) -> int:
@@ -271,7 +271,7 @@ class QemuMachine:
             from . import passt
 
             if (program := passt.find()) is not None:
-                self._passt, connection = passt.start(program, PASST_DNS, errors)
+                self._passt, connection = passt.start(program, PASST_DNS)
                 network = self._pass_on(theirs.enter_context(connection).fileno())
         if self.config.vsock_cid is not None:
             vsock = own(open_vsock())
