@@ -9,8 +9,9 @@ BIN := .venv/bin
 PACKAGES := gcc libc6-dev make python3-dev python3-venv \
             bc bison flex libelf-dev linux-source-6.12 xz-utils \
             busybox-static squashfs-tools qemu-system-x86
-# The tests boot a real Debian tree, pull from a real registry, and check what we write with other people's programs.
-TEST_PACKAGES := $(PACKAGES) bzip2 cpio docker-registry erofs-utils mmdebstrap openssl skopeo umoci zstd
+# The tests boot a real Debian tree, pull from a real registry, fuzz, and check what we write with other people's programs.
+TEST_PACKAGES := $(PACKAGES) bzip2 clang cpio docker-registry e2fsprogs erofs-utils libclang-rt-dev mmdebstrap openssl passt \
+                 skopeo umoci zstd
 AARCH64_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross mmdebstrap qemu-system-arm
 
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.c csrc/*.h csrc/*.py)

@@ -798,6 +798,7 @@ def with_field(offset: int, value: bytes) -> bytes:
         (with_field(108, b"\xff" * 8), errno.EBADMSG),  # an owner
         (with_field(156, b"S"), errno.EOPNOTSUPP),
         (with_field(156, b"Z"), errno.EOPNOTSUPP),
+        (with_field(156, b"1"), errno.EBADMSG),  # a hard link to nothing
         (with_field(156, b"2"), errno.EBADMSG),  # a link to nowhere
         (pax(b"25 GNU.sparse.size=10000\n") + member("file"), errno.EOPNOTSUPP),
         (pax(b"%d path=%s\n" % (6 + 4 + 5000 + 1, b"x" * 5000)) + member("file"), errno.ENAMETOOLONG),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vmette import assets
-from vmette.config import CMDLINE_BYTES, MachineConfig, Share, signal_number
+from vmette.config import CMDLINE_BYTES, Disk, MachineConfig, Share, scratch_size, signal_number
 from vmette.errors import ConfigError, PayloadError, VmetteError
 from vmette.providers.base import BlockFs, BlockImage, Directory
 from vmette.vmm.cmdline import kernel_cmdline
@@ -24,7 +24,7 @@ ELF = b"\x7fELF" + bytes(2000)
 BZ_IMAGE = bytes(514) + b"HdrS" + bytes(2000)
 ARM_IMAGE = bytes(56) + b"ARM\x64" + bytes(2000)
 
-GOOD_TAGS = ["a", "A", "0", "src", "a.b", "a_b", "a-b", "a..", "Rootfs", "rootfs2", "a" * 36]
+GOOD_TAGS = ["a", "A", "0", "src", "a.b", "a_b", "a-b", "a..", "Rootfs", "rootfs2", "a" * 35]
 BAD_TAGS = {
     "malformed": [
         "",
@@ -43,7 +43,7 @@ BAD_TAGS = {
         "caf\u00e9",
         "a\udcff",
     ],
-    "too long": ["a" * 37],
+    "too long": ["a" * 36],
     "reserved": ["rootfs", "vmette", "vmette.x"],
 }
 
@@ -146,6 +146,143 @@ def test_share_of_what_is_no_directory(tmp_path: Path, name: str, problem: str) 
     assert str(caught.value) == f"share tag: {tmp_path / name}{problem}"
 
 
+# --- Share, as a volume
+
+
+@pytest.mark.parametrize(
+    ("ending", "name", "target", "read_only"),
+    [
+        ("", "d", "/data", False),
+        (":ro", "d", "/data", True),
+        (":rw", "d", "/a b/c", False),
+        ("", "d:e", "/x", False),
+        (":ro", "d:/e", "/x:y", True),
+        ("", "d", "/dev2", False),
+        ("", "d", "/mnt/./x/", False),
+    ],
+)
+def test_volume_on_the_command_line(tmp_path: Path, ending: str, name: str, target: str, read_only: bool) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    made = Share.volume(f"{tmp_path / name}:{target}{ending}")
+    assert made == Share("", tmp_path / name, read_only, target)
+
+
+@pytest.mark.parametrize("text", ["", "x", "/x", ":/x", "/x:", "/x:y", "/x:ro", "/x:y:ro"])
+def test_volume_on_the_command_line_that_is_malformed(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^volume {re.escape(repr(text))} is malformed: it is HOST:GUEST"):
+        Share.volume(text)
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("data", "the place in the guest is an absolute path without '..'"),
+        ("", "the place in the guest is an absolute path without '..'"),
+        ("/a/../b", "the place in the guest is an absolute path without '..'"),
+        ("/a\0b", "the place in the guest is an absolute path without '..'"),
+        ("/\ud800", "the place in the guest is no text"),
+        ("/", "that place is the guest's own; choose another one"),
+        ("//.", "that place is the guest's own; choose another one"),
+        ("/proc", "that place is the guest's own; choose another one"),
+        ("//./sys/x", "that place is the guest's own; choose another one"),
+        ("/dev/shm", "that place is the guest's own; choose another one"),
+    ],
+)
+def test_places_that_a_volume_cannot_have(directory: Path, target: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Share("", directory, target=target)
+    assert str(caught.value) == f"volume {target!r}: {problem}"
+
+
+def test_volumes_get_tags_that_nobody_has(payload: Path, directory: Path) -> None:
+    volumes = [Share("", directory, target=f"/{number}") for number in range(3)]
+    shares = (volumes[0], Share("volume1", directory), volumes[1], Share("named", directory, target="/x"), volumes[2])
+    assert [share.tag for share in config(shares=shares).shares] == [
+        "volume0",
+        "volume1",
+        "volume2",
+        "named",
+        "volume3",
+    ]
+    assert [share.target for share in config(shares=shares).shares] == ["/0", None, "/1", "/x", "/2"]
+
+
+def test_volume_of_what_is_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Share.volume(f"{tmp_path}/missing:/data")
+    assert str(caught.value) == f"volume /data: {tmp_path}/missing does not exist"
+
+
+# --- Disk
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "read_only"),
+    [("d", "d", False), ("d:ro", "d", True), ("d:rw", "d", False), ("d:ro:rw", "d:ro", False)],
+)
+def test_disk_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, path: str, read_only: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).write_bytes(bytes(512))
+    assert Disk.parse(text) == Disk(Path(path), read_only)
+
+
+@pytest.mark.parametrize("text", ["", ":ro", ":rw"])
+def test_disk_on_the_command_line_that_is_malformed(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^disk {re.escape(repr(text))} is malformed: it is PATH or PATH:ro$"):
+        Disk.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("missing", ": No such file or directory"),
+        ("directory", " is neither a regular file nor a block device"),
+        ("fifo", " is neither a regular file nor a block device"),
+        ("empty", " has 0 bytes; a raw image has a multiple of 512"),
+        ("odd", " has 513 bytes; a raw image has a multiple of 512"),
+        ("a\0b", ": embedded null byte"),
+    ],
+)
+def test_what_is_no_disk(tmp_path: Path, name: str, problem: str) -> None:
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "empty").touch()
+    (tmp_path / "odd").write_bytes(bytes(513))
+    with pytest.raises(ConfigError) as caught:
+        Disk(tmp_path / name)
+    assert str(caught.value) == f"disk {tmp_path / name}{problem}"
+
+
+def test_disks_there_can_be(payload: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(512))
+    disks = (Disk(tmp_path / "disk"),) * 9
+    assert config(disks=disks[:8]).disks == disks[:8]
+    with pytest.raises(ConfigError, match=r"^9 disks: there can be at most 8$"):
+        config(disks=disks)
+
+
+@pytest.mark.parametrize(
+    ("text", "mib"), [("64", 64), ("512M", 512), ("8G", 8192), ("16", 16), ("16384G", 16 << 20), ("1G", 1024)]
+)
+def test_scratch_sizes(text: str, mib: int) -> None:
+    assert scratch_size(text) == mib
+
+
+@pytest.mark.parametrize("text", ["", "G", "8g", "8GB", "1.5G", "-8G", "8 G", "8T", "0x10", "\u0664", "1" * 10])
+def test_scratch_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        scratch_size(text)
+    assert str(caught.value) == f"scratch size {text!r} is malformed: it is like 8G, 512M or 64 (MiB)"
+
+
+@pytest.mark.parametrize("text", ["0", "15", "0G", "16385G"])
+def test_scratch_sizes_that_are_too_small_or_too_large(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^[0-9]+ MiB of scratch: there can be 16 to 16777216$"):
+        scratch_size(text)
+
+
 UNREADABLE = """
 import os, sys
 from pathlib import Path
@@ -202,6 +339,15 @@ def test_what_may_not_be_read_is_said_so(directory: Path) -> None:
         {"accel": "kvm"},
         {"accel": "tcg"},
         {"cmdline": "a=b c"},
+        {"scratch_mib": 16},
+        {"scratch_mib": 16 << 20},
+        {"vsock_cid": 3},
+        {"pids": 1},
+        {"nofile": 16},
+        {"nofile": 1 << 20},
+        {"hostname": "a"},
+        {"hostname": "Web-1.example.org"},
+        {"hostname": "a" * 63},
     ],
 )
 def test_values_within_the_limits(payload: Path, changes: dict[str, object]) -> None:
@@ -220,6 +366,20 @@ def test_values_within_the_limits(payload: Path, changes: dict[str, object]) -> 
         ({"accel": "hvf"}, "accelerator 'hvf' is not known; there are auto, kvm, tcg"),
         ({"accel": ""}, "accelerator '' is not known; there are auto, kvm, tcg"),
         ({"arch": "riscv64"}, "architecture 'riscv64' is not supported; there are x86_64 and aarch64"),
+        ({"scratch_mib": 15}, "15 MiB of scratch: there can be 16 to 16777216"),
+        ({"scratch_mib": (16 << 20) + 1}, "16777217 MiB of scratch: there can be 16 to 16777216"),
+        (
+            {"scratch_mib": 16, "root_read_only": True},
+            "a scratch disk is for writing to the root filesystem, which is to be read-only",
+        ),
+        ({"vsock_cid": 2}, "vsock CID 2: a guest can have 3 to 4294967294"),
+        ({"vsock_cid": (1 << 32) - 1}, "vsock CID 4294967295: a guest can have 3 to 4294967294"),
+        ({"pids": 0}, "0 processes: there can be 1 to 4194304"),
+        ({"nofile": 15}, "15 open files: there can be 16 to 1048576"),
+        *[
+            ({"hostname": name}, f"{name!r} is no host name: letters, digits, '-' and '.', at most 64")
+            for name in ("", "-a", "a-", "a..b", ".a", "a b", "a_b", "a\n", "caf\u00e9", "a" * 64, "a.b" * 22)
+        ],
         ({"cmdline": "a\nb"}, "the kernel command line must be one line"),
         ({"cmdline": "a\0b"}, "the kernel command line must be one line"),
     ],
@@ -452,6 +612,22 @@ def test_cmdline_of_shares_and_the_users_own_at_the_end(payload: Path, directory
     made = config(arch="aarch64", shares=shares, cmdline="mine=1 vmette.hostname=x")
     expected = ["vmette.share=virtiofs:a:rw", "vmette.share=virtiofs:b:ro", "mine=1", "vmette.hostname=x"]
     assert tokens(made, kind="virtiofs") == [*COMMON, *expected]
+
+
+def test_cmdline_of_volumes_the_outer_before_the_inner(payload: Path, directory: Path) -> None:
+    places = ("/a/b c", "/a", '/100%/\u00e9:"x"\n')
+    shares = (*(Share("", directory, target=place) for place in places), Share("tag", directory, read_only=True))
+    assert tokens(config(shares=shares))[-4:] == [
+        "vmette.share=9p:tag:ro",
+        "vmette.share=9p:volume1:rw:/a",
+        "vmette.share=9p:volume0:rw:/a/b%20c",
+        "vmette.share=9p:volume2:rw:/100%25/%C3%A9%3A%22x%22%0A",
+    ]
+
+
+def test_cmdline_of_limits(payload: Path) -> None:
+    made = config(pids=5, nofile=64, hostname="other", guest_helpers=True)
+    assert tokens(made)[-4:] == ["vmette.hostname=other", "vmette.pids=5", "vmette.nofile=64", "vmette.helpers"]
 
 
 @pytest.mark.parametrize("letter", ["x", "\u00e9", "\udcff"])

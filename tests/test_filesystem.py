@@ -203,6 +203,11 @@ def test_silence_ends_with_the_time(ask: Callable[[Files], object]) -> None:
         ask(shell("exec sleep 1000"))
 
 
+def test_much_time_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    assert real().read(f"{tmp_path}/file", timeout=3_000_000) == b"x"  # seconds: more than poll(2) can wait
+
+
 def test_an_endless_answer_ends_with_the_time(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file, pytest.raises(vmette.TimeoutExpired):
         shell("exec yes").read_to("/a", file, max_bytes=1 << 50, timeout=0.5)
@@ -617,13 +622,63 @@ def test_what_a_guest_may_not_give(tmp_path: Path) -> None:
         item("sticky", D, mode=0o3777),
     ]
     hostile(tmp_path, *items).copy_out("/tree", tmp_path / "out")
-    modes = {"suid": 0o100755, "closed": 0o40700, "closed/file": 0o100000, "sticky": 0o41777}
+    mask = 0o777 & ~unmasked(tmp_path)
+    modes = {"suid": 0o100755 & ~mask, "closed": 0o40700, "closed/file": 0o100000, "sticky": 0o41777 & ~mask}
     assert below(tmp_path / "out") == modes
     assert (tmp_path / "out").stat().st_mode == 0o40700
     owner = (tmp_path / "out/suid").stat()
     assert (owner.st_uid, os.listxattr(tmp_path / "out/suid")) == (os.geteuid(), [])
     hostile(tmp_path, *items).copy_out("/tree", tmp_path / "asked", setuid=True)
-    assert (tmp_path / "asked/suid").stat().st_mode == 0o106755
+    assert (tmp_path / "asked/suid").stat().st_mode == 0o106755 & ~mask
+
+
+def unmasked(place: Path) -> int:
+    """The permissions that the umask allows."""
+    (place / "probe").touch(0o777)
+    return (place / "probe").stat().st_mode & 0o777
+
+
+def test_a_guest_does_not_open_what_is_the_host_s(tmp_path: Path) -> None:
+    items = [
+        item("./", D, mode=0o777),
+        item("there", D, mode=0o777),
+        item("there/new", D, mode=0o777),
+        item("file", mode=0o666),
+    ]
+    (tmp_path / "out/tree/there").mkdir(parents=True)
+    (tmp_path / "out/tree").chmod(0o750)
+    (tmp_path / "out/tree/there").chmod(0o710)
+    before = os.umask(0o027)
+    try:
+        hostile(tmp_path, *items).copy_out("/tree", tmp_path / "out")
+        hostile(tmp_path, *items).copy_out("/tree", tmp_path / "made")
+    finally:
+        os.umask(before)
+    modes = {"there/new": 0o40750, "file": 0o100640}
+    assert below(tmp_path / "out/tree") == {**modes, "there": 0o40710}
+    assert below(tmp_path / "made") == {**modes, "there": 0o40750}
+    assert [(tmp_path / name).stat().st_mode for name in ("out/tree", "made")] == [0o40750, 0o40750]
+
+
+def test_a_target_that_becomes_a_link_is_not_followed(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest may have the directory that it is in, by a share."""
+    target, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    target.mkdir()
+    elsewhere.mkdir()
+    original = os.open
+
+    def swap_first(path: Any, *args: Any, **options: Any) -> int:
+        if path == target and not target.is_symlink():
+            target.rmdir()
+            target.symlink_to(elsewhere)
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", swap_first)
+    with pytest.raises(OSError, match="symlink"):
+        real().copy_out(os.fspath(tree), target)
+    assert list(elsewhere.iterdir()) == []
 
 
 @pytest.mark.parametrize("call", ["rename", "utime", "symlink", "link"])

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tools import initramfs
 from tools.artifacts import artifact, scratch
 from tools.initramfs import Entry, newc
+from vmette.providers.inject import HELPERS
 
 TREE = [
     Entry("dev", stat.S_IFDIR | 0o755),
@@ -155,6 +157,24 @@ def test_names_and_data_of_every_length_are_aligned(entries: list[Entry]) -> Non
 
 def test_an_empty_archive_is_one(tmp_path: Path) -> None:
     assert cpio(newc([]), "-it", "--quiet", cwd=tmp_path) == ""
+
+
+# --- the guest's programs
+
+
+def test_every_c_file_of_the_guest_is_of_some_program() -> None:
+    programs = initramfs.programs()
+    assert {name for names in programs.values() for name in names} == {
+        path.name for path in initramfs.SOURCES.glob("*.c")
+    }
+    assert {"init.c", "agent.c", "network.c"} <= set(programs["init"])
+    assert not {"vsock.c", "vsock_send.c", "vsock_runner.c"} & set(programs["init"])
+    for name, helpers in initramfs.HELPERS.items():
+        assert (initramfs.SOURCES / f"{name.replace('-', '_')}.c").name in helpers
+
+
+def test_the_helpers_are_those_that_providers_put_into_images() -> None:
+    assert tuple(initramfs.HELPERS) == HELPERS
 
 
 # --- artifact

@@ -50,6 +50,7 @@ T = TypeVar("T")
 def in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
     """What `function` returns in a thread of its own: the loop's pool may be full of what only this would end."""
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # whoever no longer waits has not cancelled what the thread does
 
     def work() -> None:
         try:

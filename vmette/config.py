@@ -200,7 +200,7 @@ class Command:
     """What the guest is to run. `env` is the whole environment; the guest adds PATH and HOME where they are missing."""
 
     argv: tuple[bytes, ...]
-    env: tuple[bytes, ...] = ()
+    env: tuple[bytes, ...] = field(default=(), repr=False)
     cwd: bytes | None = None
     user: bytes | None = None
     stop_signal: int | None = None

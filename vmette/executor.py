@@ -42,15 +42,15 @@ class Job:
 
     argv: Sequence[str]
     rootfs: str | os.PathLike[str] = "builtin://base"
-    input: bytes | str | None = None
-    env: Mapping[str, str] | None = None
+    input: bytes | str | None = field(default=None, repr=False)
+    env: Mapping[str, str] | None = field(default=None, repr=False)
     cwd: str | None = None
     user: str | None = None
     timeout: float | None = None
     check: bool = False
     text: bool = False
     max_output: int = MAX_OUTPUT
-    options: MachineOptions = field(default_factory=MachineOptions)
+    options: MachineOptions = field(default_factory=MachineOptions, repr=False)
 
     def __post_init__(self) -> None:
         Command.of(self.argv or ["-"], self.env, self.cwd, self.user)

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO, Protocol, TypedDict, cast
 
 from .config import Command
 from .errors import ConfigError, GuestFileError, OutputTooLarge, ProtocolError, TimeoutExpired
+from .guest import MAX_POLL
 from .process import MAX_OUTPUT
 from .protocol import MAX_CONTROL, Tag, decode_error, decode_record
 
@@ -385,8 +386,9 @@ class Files:
         """Copies a file or a tree of the guest to this computer, as :meth:`copy_in` does the other way.
 
         All of it is received before anything becomes visible, and a new directory appears whole. The copies are this
-        user's, with the modes and times that the originals have; but directories stay their owner's to change. Symlinks
-        are copied as such, wherever they lead. None is followed on the way, at or below `target`.
+        user's, with the times that the originals have, and their modes as far as the umask allows; but directories stay
+        their owner's to change, and those that are there keep their modes. Symlinks are copied as such, wherever they
+        lead. None is followed on the way, at or below `target`.
 
         Args:
             source: An absolute path of the guest. Itself, it may be a symlink.
@@ -402,8 +404,7 @@ class Files:
         import tempfile
 
         encoded = _encoded(source)
-        place, name = _landing_on_host(Path(target), _name_of(encoded))
-        directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        place, directory, name = _landing_on_host(Path(target), _name_of(encoded))
         try:
             with tempfile.TemporaryFile(dir=place) as spool:
                 with self._bound(options)._call(b"tar", encoded) as call:
@@ -595,7 +596,7 @@ class _Call:
         patience = None if self._deadline is None else self._deadline - time.monotonic()
         if patience is not None and patience <= 0:
             raise TimeoutExpired(tuple(map(os.fsdecode, self._command.argv)), self._timeout or 0, None, None)
-        ready = {fd for fd, _ in poll.poll(None if patience is None else math.ceil(patience * 1000))}
+        ready = {fd for fd, _ in poll.poll(None if patience is None else math.ceil(min(patience * 1000, MAX_POLL)))}
         if not self._ended and self._stderr.fileno() in ready:
             self._said += (data := os.read(self._stderr.fileno(), MAX_CONTROL))
             self._ended = not data
@@ -711,15 +712,15 @@ def _decode_stat(fields: Mapping[int, bytes]) -> Stat:
 # --- trees that come out of the guest
 
 
-def _landing_on_host(target: Path, name: bytes) -> tuple[Path, bytes]:
-    """The directory in which to make what is to be `target`, and its name there."""
-    try:
-        mode = target.lstat().st_mode
-    except FileNotFoundError:
-        mode = 0
-    if stat.S_ISLNK(mode):
-        raise OSError(errno.ELOOP, "it is a symlink, which is not followed", str(target))
-    return (target, name) if stat.S_ISDIR(mode) else (target.parent, os.fsencode(target.name))
+def _landing_on_host(target: Path, name: bytes) -> tuple[Path, int, bytes]:
+    """The directory in which to make what is to be `target`, a descriptor of it, and the name there."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    try:  # at once, not after a look: a guest may have the directory that it is in, by a share
+        return target, os.open(target, flags | os.O_NOFOLLOW), name
+    except (FileNotFoundError, NotADirectoryError):
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, "it is a symlink, which is not followed", str(target)) from None
+    return target.parent, os.open(target.parent, flags), os.fsencode(target.name)
 
 
 def receive(archive: BinaryIO, spool: BinaryIO, what: str, max_bytes: int = MAX_COPY) -> Node:

@@ -74,7 +74,7 @@ class Publication:
 class Services:
     """What a guest is to be given. Empty, as most are, it is false."""
 
-    secrets: Mapping[str, bytes] = field(default_factory=dict)
+    secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     """Files in /run/secrets, by name."""
     secrets_user: str | None = None
     """Who can read them; None is root."""

@@ -40,6 +40,8 @@ enum {
     INPUT = 65536,
     /* Descriptors: at most five for each stream, and some more. */
     OWN_FILES = 8 * MAX_STREAMS,
+    /* Connections that listeners take, of all streams. */
+    MAX_ACCEPTED = 128,
     /* More than the kernel holds of what was written to a terminal (640 KiB, TTYB_DEFAULT_MEM_LIMIT). */
     TERMINAL_HOLDS = 1 << 20
 };
@@ -222,6 +224,13 @@ static struct stream *free_slot(struct agent *a) {
     for (int i = 0; i < MAX_STREAMS; i++)
         if (a->streams[i].id == 0) return &a->streams[i];
     return NULL;
+}
+
+/* For a connection that a listener takes: these leave slots to what the host opens, whatever the guest does. */
+static struct stream *free_slot_for_guest(struct agent *a) {
+    int taken = 0;
+    for (int i = 0; i < MAX_STREAMS; i++) taken += (a->streams[i].id & from_guest) != 0;
+    return taken < MAX_ACCEPTED ? free_slot(a) : NULL;
 }
 
 /* Makes the free slot `s` a stream without any descriptors. */
@@ -454,8 +463,10 @@ static void finish_command(struct agent *a, struct stream *s) {
 
 /* The number of a process that is not reaped is not given to another, so this never hits a stranger. */
 static void send_signal(struct agent *a, const struct stream *s, int number, unsigned flags) {
-    if ((flags & SIGNAL_ALL) && cgroup_kill(&a->cgroups, s->id)) return;
-    if (flags & SIGNAL_ALL) number = SIGKILL;
+    if (flags & SIGNAL_ALL) {
+        cgroup_kill(&a->cgroups, s->id);
+        number = SIGKILL; /* for one who has left the cgroup, as the guest's root can, or where there is none */
+    }
     if (s->exited) return;
     /* The group is there once the child has called setsid: until then there is only the child. */
     if (!(flags & (SIGNAL_GROUP | SIGNAL_ALL)) || kill(-s->pid, number) != 0) kill(s->pid, number);
@@ -565,7 +576,7 @@ static uint32_t new_number(struct agent *a) {
 static void pump_listener(struct agent *a, struct stream *listener) {
     struct channel *c = &listener->out[0];
     struct stream *s;
-    while (c->ready && can_answer(a) && (s = free_slot(a)) != NULL) {
+    while (c->ready && can_answer(a) && (s = free_slot_for_guest(a)) != NULL) {
         struct address peer;
         struct record r;
         char text[MAX_ADDRESS];
@@ -813,7 +824,7 @@ static void poll_stream(struct polls *p, struct stream *s, bool room, bool answe
  * only saves the attempts at what is not. */
 static void wait_for_work(struct agent *a) {
     struct polls p;
-    const bool room = has_room(a), answers = can_answer(a), slot = free_slot(a) != NULL;
+    const bool room = has_room(a), answers = can_answer(a), slot = free_slot_for_guest(a) != NULL;
     p.count = 0;
     poll_fd(&p, a->port, (short)((answers ? POLLIN : 0) | (a->out_head < a->out_tail ? POLLOUT : 0)), NULL);
     poll_fd(&p, a->signals, POLLIN, NULL);
@@ -852,6 +863,7 @@ static void prepare_self(struct agent *a) {
     rlim_t own = a->place.files.rlim_max > OWN_FILES ? a->place.files.rlim_max : OWN_FILES;
     setrlimit(RLIMIT_NOFILE, &(struct rlimit){own, own});
     a->place.pids = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
+    a->place.terminals = open("/dev/pts", O_PATH | O_DIRECTORY | O_CLOEXEC);
     a->place.init_fd = a->place.init_started = -1;
     cgroups_open(&a->cgroups);
 }
@@ -897,6 +909,7 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
         }
     leave_init(&a->place);
     close_fd(&a->place.pids);
+    close_fd(&a->place.terminals);
     cgroups_close(&a->cgroups);
     free(a->large);
     close_fd(&a->signals);

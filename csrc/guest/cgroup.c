@@ -7,7 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+
+#include <linux/openat2.h>
 
 void cgroups_open(struct cgroups *g) {
     g->parent = open(CGROUP_PARENT, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -19,10 +22,13 @@ void cgroups_close(struct cgroups *g) {
     g->parent = -1;
 }
 
+/* The guest's root may mount something over a file there: a pipe, on which one would wait for ever, or what lies. */
 static int open_file(const struct cgroups *g, uint32_t id, const char *file, int flags) {
+    const struct open_how how = {.flags = (uint64_t)(flags | O_NONBLOCK | O_CLOEXEC),
+                                 .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV};
     char path[64];
     snprintf(path, sizeof path, "%u/%s", id, file);
-    return g->parent < 0 ? -1 : openat(g->parent, path, flags | O_NOFOLLOW | O_CLOEXEC);
+    return g->parent < 0 ? -1 : (int)syscall(SYS_openat2, g->parent, path, &how, sizeof how);
 }
 
 /* Reads a small file as text. */

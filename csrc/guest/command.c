@@ -19,6 +19,7 @@
 #include <termios.h>
 #include <unistd.h>
 
+#include <linux/openat2.h>
 #include <linux/capability.h>
 #include <linux/sched.h>
 
@@ -186,7 +187,8 @@ static const char *become(const char *spec, int terminal, int failed) {
 
 /* The agent is spared when memory runs out, and may open many files; a command is like any other process.
  *
- * CAP_SYS_PTRACE goes from the bounding set, so no program that is executed can ever have it, root's included. Tracing
+ * CAP_SYS_PTRACE goes from the bounding set, so no program that is executed can ever have it, root's included (nor those
+ * that the kernel itself executes: init.c, limit_helpers). Tracing
  * a process takes all the capabilities that it has, or this one: so the agent, which has it, is out of reach, while
  * debuggers work on what runs beside them. Those who are not root (tests) have none to give up. */
 static void become_ordinary(const struct place *place) {
@@ -248,6 +250,10 @@ static _Noreturn void run_child(const struct command *c, const struct place *pla
         become_init(failed);
     else if (place->init != 0)
         join_init(place, failed);
+    /* What is the agent's: while this waits for a file of the image, no other command's stdin stays open because of it. */
+    if (failed != 3 && dup3(failed, 3, O_CLOEXEC) < 0) fail_start(failed, "exec");
+    failed = 3;
+    syscall(SYS_close_range, 4, ~0U, 0);
     const char *home = become(c->user != NULL ? c->user : "0", terminal ? 0 : -1, failed);
     static char home_entry[4096 + 5], path_entry[sizeof default_path + 5], container_entry[32];
     add_variable(c->env, home_entry, sizeof home_entry, "HOME", home);
@@ -259,7 +265,7 @@ static _Noreturn void run_child(const struct command *c, const struct place *pla
     if (*cwd != '/' || chdir(cwd) != 0) fail_start(failed, "chdir");
     environ = c->env;
     if (c->flags & EXEC_BUILTIN) {
-        syscall(SYS_close_range, 3, ~0U, 0); /* what exec would have closed: the agent's, and `failed` */
+        close(failed); /* as exec would have */
         _exit(builtin_run(c->argv));
     }
     execvp(c->argv[0], c->argv);
@@ -280,10 +286,14 @@ static bool make_pipe(struct ends *ends, bool to_child) {
     return true;
 }
 
-static bool make_terminal(struct ends *ends, const struct command *c) {
+static bool make_terminal(struct ends *ends, const struct command *c, int terminals) {
+    const struct open_how how = {.flags = O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC,
+                                 .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV};
     const struct winsize size = {.ws_row = c->rows, .ws_col = c->columns};
     struct termios settings;
-    ends->ours = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    ends->ours = (int)syscall(SYS_openat2, terminals, "ptmx", &how, sizeof how);
+    /* Where devpts has it for root alone, as on the hosts of tests. In the guest the agent is root. */
+    if (ends->ours < 0 && errno == EACCES) ends->ours = open("/dev/ptmx", (int)how.flags);
     if (ends->ours < 0 || ioctl(ends->ours, TIOCSPTLCK, &(int){0}) != 0) return false;
     ends->theirs = ioctl(ends->ours, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
     if (ends->theirs < 0 || ioctl(ends->theirs, TIOCSWINSZ, &size) != 0) return false;
@@ -292,10 +302,24 @@ static bool make_terminal(struct ends *ends, const struct command *c) {
     return tcsetattr(ends->theirs, TCSANOW, &settings) == 0;
 }
 
-/* A child, born in the place's cgroup: to move there would wait for a grace period of the kernel's RCU. */
-static pid_t fork_into(int cgroup) {
+static bool enter_cgroup(int cgroup) {
+    int file = openat(cgroup, "cgroup.procs", O_WRONLY | O_CLOEXEC);
+    if (file < 0) return false;
+    bool entered = write(file, "0", 1) == 1;
+    close(file);
+    return entered;
+}
+
+/* A child, born in the place's cgroup: to move there would wait for a grace period of the kernel's RCU. But where there
+ * are as many processes as there may be, none can be born. The limit is for what commands start, and not for what the
+ * host does: that may be just what ends a fork bomb. It is born outside then, and moves, which is not limited. */
+static pid_t fork_into(int cgroup, int failed) {
     struct clone_args args = {.flags = CLONE_INTO_CGROUP, .exit_signal = SIGCHLD, .cgroup = (uint64_t)cgroup};
-    return cgroup < 0 ? fork() : (pid_t)syscall(SYS_clone3, &args, sizeof args);
+    pid_t pid = cgroup < 0 ? fork() : (pid_t)syscall(SYS_clone3, &args, sizeof args);
+    if (pid >= 0 || cgroup < 0 || errno != EAGAIN) return pid;
+    pid = fork();
+    if (pid == 0 && !enter_cgroup(cgroup)) fail_start(failed, "cgroup");
+    return pid;
 }
 
 /* Makes the PID namespace that all children are in from now on: the first one is its init. */
@@ -319,7 +343,7 @@ int start_child(const struct command *c, struct place *place, struct child *chil
     pid_t pid = -1;
     *stage = "fork";
     if (terminal) {
-        if (!make_terminal(&ends[STDIN], c)) {
+        if (!make_terminal(&ends[STDIN], c, place->terminals)) {
             error = errno;
             *stage = "terminal";
         }
@@ -333,7 +357,7 @@ int start_child(const struct command *c, struct place *place, struct child *chil
         fcntl(ends[STDOUT].ours, F_SETPIPE_SZ, 1 << 20);
         int fds[3];
         for (int i = 0; i < 3; i++) fds[i] = ends[terminal ? STDIN : i].theirs;
-        pid = fork_into(place->cgroup);
+        pid = fork_into(place->cgroup, ends[STARTED].theirs);
         if (pid < 0) error = errno;
         if (pid == 0) run_child(c, place, fds, ends[STARTED].theirs);
         if (pid < 0 && init) leave_init(place);

@@ -19,6 +19,7 @@ struct place {
     struct rlimit files; /* the limit of open files that they get */
     int cgroup;          /* the directory of the next command's cgroup; -1: none */
     int pids;            /* the agent's own PID namespace */
+    int terminals;       /* the directory of devpts, which nothing can be mounted over from here on; -1: there is none */
     pid_t init;          /* the command that is PID 1 of the namespaces in which the next commands run; 0: the agent's */
     int init_fd;         /* a pidfd of it */
     int init_started;    /* its `started`, while that is open; else -1 */

@@ -43,6 +43,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <linux/capability.h>
+
 #include "cgroup.h"
 #include "network.h"
 
@@ -346,12 +348,16 @@ static void enter_dir(const char *path) {
 
 static void mount_shares(const struct plan *plan) {
     for (size_t i = 0; i < plan->share_count; i++) {
-        struct share s = plan->shares[i];
+        const struct share *s = &plan->shares[i];
         char usual[128];
-        snprintf(usual, sizeof usual, "/mnt/%s", s.tag);
-        if (s.target == NULL) s.target = usual;
-        enter_dir(s.target);
-        mount_share(&s, ".");
+        snprintf(usual, sizeof usual, "/mnt/%s", s->tag);
+        if (s->target != NULL) {
+            enter_dir(s->target);
+        } else { /* nobody chose that place, so no link does either */
+            if (!make_dir("/mnt", 0755)) fail("mount", "cannot make /mnt in the root filesystem");
+            if (!make_dir(usual, 0755)) fail("mount", "cannot make %s in the root filesystem", usual);
+        }
+        mount_share(s, s->target != NULL ? "." : usual);
     }
     if (chdir("/") != 0) fail("mount", "cannot enter the root filesystem");
 }
@@ -391,6 +397,15 @@ static void write_to(const char *path, const char *text) {
     close(fd);
 }
 
+/* Programs that the kernel executes itself (for a core dump, say) are of root and in no command's bounding set: they get
+ * no CAP_SYS_PTRACE either, with which they could trace the agent. Two words of 32 bits; what is gone is gone for good. */
+static void limit_helpers(void) {
+    char text[32];
+    snprintf(text, sizeof text, "%u %u", ~(1U << CAP_SYS_PTRACE), (1U << (CAP_LAST_CAP - 31)) - 1);
+    write_to("/proc/sys/kernel/usermodehelper/bset", text);
+    write_to("/proc/sys/kernel/usermodehelper/inheritable", text);
+}
+
 /* Half of the threads that the kernel sees fit for this much memory (threads-max: their stacks, of 16 KiB, may take an
  * eighth of it), and enough for anybody. */
 static unsigned long usual_pids(uint64_t memory) {
@@ -398,12 +413,13 @@ static unsigned long usual_pids(uint64_t memory) {
     return half < 4096 ? (unsigned long)half : 4096;
 }
 
-/* What commands may have together: all but a sixteenth, and no less than 16 MiB left for the agent (2 MiB, and what waits
- * for the stdin of commands: 256 KiB for each) and for what the kernel charges to nobody. Whoever wants more is killed,
- * and the agent is there to say so. */
-static uint64_t usual_memory(uint64_t memory) {
-    uint64_t least = 16 << 20, reserve = memory / 16 > least ? memory / 16 : least;
-    return memory > 2 * reserve ? memory - reserve : memory / 2;
+/* What commands may have together of the memory that is free now: all but a sixteenth, and no less than 8 MiB left for
+ * the agent (2 MiB, and what waits for the stdin of commands: 256 KiB for each) and for what the kernel charges to nobody.
+ * Whoever wants more is killed. If it were the kernel as a whole that ran out of memory, it might find nobody to kill: what
+ * is in a tmpfs belongs to no process. */
+static uint64_t usual_memory(uint64_t free) {
+    uint64_t least = 8 << 20, reserve = free / 16 > least ? free / 16 : least;
+    return free > 2 * reserve ? free - reserve : free / 2;
 }
 
 /* The cgroup for commands: the agent makes one for each in it. As the agent stays outside, it gets as much of the
@@ -413,13 +429,13 @@ static void limit_commands(const struct plan *plan) {
     char text[32];
     struct sysinfo info;
     if (sysinfo(&info) != 0) fail("limits", "cannot find out how much memory there is");
-    uint64_t memory = (uint64_t)info.totalram * info.mem_unit;
     write_to("/sys/fs/cgroup/cgroup.subtree_control", controllers);
     if (!make_dir(CGROUP_PARENT, 0755)) fail("limits", "cannot make %s", CGROUP_PARENT);
     write_to(CGROUP_PARENT "/cgroup.subtree_control", controllers);
-    snprintf(text, sizeof text, "%lu", plan->pids != 0 ? plan->pids : usual_pids(memory));
+    unsigned long pids = plan->pids != 0 ? plan->pids : usual_pids((uint64_t)info.totalram * info.mem_unit);
+    snprintf(text, sizeof text, "%lu", pids);
     write_to(CGROUP_PARENT "/pids.max", text);
-    snprintf(text, sizeof text, "%llu", (unsigned long long)usual_memory(memory));
+    snprintf(text, sizeof text, "%llu", (unsigned long long)usual_memory((uint64_t)info.freeram * info.mem_unit));
     write_to(CGROUP_PARENT "/memory.max", text);
     struct rlimit files = {plan->nofile, plan->nofile};
     if (plan->nofile != 0 && setrlimit(RLIMIT_NOFILE, &files) != 0)
@@ -474,6 +490,7 @@ int main(void) {
     mount_shares(&plan);
     if (plan.helpers) install_helpers();
     limit_commands(&plan);
+    limit_helpers();
     start_network(&plan);
     write_hosts(plan.hostname);
     if (plan.root_read_only && mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL) != 0)

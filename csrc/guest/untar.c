@@ -463,6 +463,7 @@ static void make_file(int parent, const struct entry *e) {
 
 static void make_hard_link(int parent, const struct entry *e) {
     const char *base;
+    if (*e->target == 0) damaged(e->name, "it is a hard link to no file");
     /* Opened anew: parent_of would close `parent`. */
     char directory[MAX_PATH + 1];
     strcpy(directory, e->target);

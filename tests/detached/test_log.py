@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,39 @@ def test_a_torn_frame_is_no_frame(tmp_path: Path, directory: int) -> None:
         file.write(HEADER.pack(STDOUT, 100) + b"torn")
     with LogReader(directory) as reader:
         assert list(reader.frames()) == [(STDOUT, b"whole")]
+
+
+def test_one_thread_at_a_time_writes(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log(tmp_path, segment_bytes=1)  # each frame begins a file, and closes that of another
+    barrier = threading.Barrier(2)
+    met = []
+
+    def write(fd: int, data: bytes) -> int:
+        try:
+            met.append(barrier.wait(0.2))
+        except threading.BrokenBarrierError:
+            pass  # as it should be: nobody came
+        return original(fd, data)
+
+    original = os.write
+    monkeypatch.setattr(os, "write", write)
+    threads = [threading.Thread(target=log.write, args=(STDOUT, b"%d" % number)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert met == []
+    with LogReader(directory) as reader:
+        assert sorted(reader.frames()) == [(STDOUT, b"0"), (STDOUT, b"1")]
+    log.close()
+
+
+def test_a_log_that_is_closed_stays_as_it_is(tmp_path: Path) -> None:
+    log = Log(tmp_path, segment_bytes=1)
+    log.line("last words")
+    log.close()
+    log.line("of a thread that did not know")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.0"]
 
 
 def test_a_full_disk_loses_output_and_nothing_else(directory: int, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from vmette.detached.client import reserved
 from vmette.detached.machines import LOCK, STATE, State, check_name, machines, machines_root, new_state, open_machine
 from vmette.errors import ConfigError, SandboxClosed, VmetteError
 
@@ -134,6 +135,52 @@ def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "precious").is_dir()
 
 
+def test_directories_that_are_no_machines_are_left_alone() -> None:
+    (machines_root() / "photos/a").mkdir(parents=True)
+    (machines_root() / "empty").mkdir()  # as of one that was killed while it made an entry
+    assert names() == []
+    assert (machines_root() / "photos/a").is_dir()
+    assert not (machines_root() / "empty").exists()
+    with pytest.raises(ConfigError, match="something else"):
+        create("photos")
+
+
+def test_an_entry_that_is_alive_stays_whatever_its_state() -> None:
+    lock = create()
+    (machines_root() / "box" / STATE).write_text("{")
+    assert names() == []
+    with open_machine("box") as entry:
+        assert entry.alive
+    with pytest.raises(ConfigError, match="already"):
+        create()
+    os.close(lock)
+    assert names() == []
+    assert not (machines_root() / "box").exists()
+
+
+def test_only_the_entry_of_a_lock_is_released() -> None:
+    first = create(ended=2.0)
+    with machines() as all_machines:
+        all_machines.release("box", first)
+        assert all_machines.states() == []
+        second = all_machines.create(State("box", "builtin://base", 1.0))
+        all_machines.release("box", first)
+        assert [state.name for state in all_machines.states()] == ["box"]
+        all_machines.release("box", second)
+        all_machines.release("box", second)
+    assert names() == []
+    os.close(first)
+    os.close(second)
+
+
+def test_a_start_that_fails_gives_back_its_own_name_only() -> None:
+    with reserved(State("box", "builtin://base", 1.0)) as reservation:
+        reservation.directory.rename(reservation.directory.with_name("other"))
+        reservation.directory.mkdir()
+        (reservation.directory / "precious").touch()
+    assert (machines_root() / "box/precious").exists()
+
+
 def test_oldest_first() -> None:
     locks = [create(name, created=created) for name, created in (("b", 1.0), ("c", 3.0), ("a", 2.0))]
     assert names() == ["b", "a", "c"]
@@ -146,6 +193,14 @@ def test_others_may_not_enter(state_directory: Path) -> None:
     assert (state_directory / "machines").stat().st_mode & 0o777 == 0o700
     (state_directory / "machines").chmod(0o750)
     with pytest.raises(ConfigError, match="open to others"):
+        machines_root()
+
+
+def test_a_link_is_not_followed_to_the_root(state_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir(mode=0o700)
+    state_directory.mkdir()
+    (state_directory / "machines").symlink_to(tmp_path / "private")
+    with pytest.raises(ConfigError, match="symlink"):
         machines_root()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,10 +15,15 @@ from typing import Any, cast
 import pytest
 
 from vmette.config import Command
+from vmette.detached import supervisor as module
 from vmette.detached import wire
-from vmette.detached.supervisor import Client, Supervisor
+from vmette.detached.machines import State
+from vmette.detached.supervisor import KILL_SECONDS, Client, Supervisor, Task
+from vmette.guest import STOP_SECONDS
+from vmette.machine import Machine
 from vmette.protocol import Exited, SignalFlag
 from vmette.providers.base import ImageConfig
+from vmette.services import Services
 
 
 class FakeGuest:
@@ -209,3 +216,55 @@ def test_stop(line: Line) -> None:
     wire.send(line.other, {"do": "stop", "patience": 2.5})
     assert line.answer() == {}
     assert line.stops == [2.5]
+
+
+# --- time
+
+
+def task(directory: Path, **fields: Any) -> Task:
+    machine = Machine(cast(Any, None), services=Services(secrets={"key": b"hush"}))
+    values = {"timeout": None, "max_output": None, "debug": False, "idle": True, **fields}
+    return Task(directory, -1, -1, State("box", "x", 1.0), machine, Command((b"a",), (b"KEY=hush",)), **values)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "patience", "kill"),
+    [
+        (None, [10, 1000], 10),  # who asks again does not prolong it
+        (None, [1000, 10], 10),
+        (30, [1000], 30 + STOP_SECONDS),  # the lifetime is what it was
+        (30, [30 + STOP_SECONDS / 2], 30 + STOP_SECONDS / 2),
+        (30, [10], 10),
+    ],
+)
+def test_the_earlier_end_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout: float | None, patience: list[float], kill: float
+) -> None:
+    now, did = 0.0, []
+
+    class Clocked(FakeGuest):
+        def turn(self, until: float | None) -> None:
+            nonlocal now
+            assert until is not None
+            now = until
+
+        def signal(self, *args: object) -> None:
+            did.append((now, args[1]))
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    supervisor = Supervisor(task(tmp_path, timeout=timeout), cast(Any, None))
+    supervisor.guest = cast(Any, Clocked())
+    supervisor._start()
+    supervisor.main = cast(Any, SimpleNamespace(number=1))
+    for seconds in patience:
+        supervisor.stop(seconds)
+    supervisor._serve()
+    supervisor._log.close()
+    assert [when for when, number in did if number == signal.SIGKILL][0] == kill
+    assert kill <= now <= kill + KILL_SECONDS
+
+
+def test_secrets_are_not_shown(tmp_path: Path) -> None:
+    secretive = task(tmp_path)
+    for shown in (secretive, secretive.machine, secretive.command):
+        assert "hush" not in repr(shown)

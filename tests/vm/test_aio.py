@@ -407,6 +407,24 @@ async def test_a_cancelled_read_ends() -> None:
 
 
 @in_loop
+async def test_setting_the_clock_is_cancelled() -> None:
+    failures: list[object] = []
+    async with sandbox() as sb:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threading, "excepthook", failures.append)
+            setting = asyncio.create_task(sb.sync_clock())
+            before = threading.active_count()
+            await asyncio.sleep(0)  # it has its thread now
+            setting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await setting
+            while threading.active_count() > before:
+                await asyncio.sleep(0.02)
+        await sb.sync_clock()
+    assert failures == []
+
+
+@in_loop
 async def test_starting_a_command_is_cancelled() -> None:
     async with sandbox() as sb:
         for _ in range(5):

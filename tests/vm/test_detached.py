@@ -206,6 +206,25 @@ def test_a_lifetime(cli: Cli) -> None:
     ok(cli("rm", "mayfly"))
 
 
+def test_much_patience(cli: Cli) -> None:
+    """More seconds than poll(2) can wait."""
+    ok(cli("run", "-d", "--name", "patient", "--timeout", "3000000", BASE, *ENDLESS))
+    ok(cli("exec", "--timeout", "3000000", "patient", "echo", "x"), b"x\n")
+    ok(cli("stop", "-t", "3000000", "patient"))
+    assert machines("-a")["patient"]["exit_code"] == 128 + signal.SIGTERM
+    ok(cli("rm", "patient"))
+
+
+def test_a_supervisor_does_not_keep_secrets(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", "hush")
+    ok(cli("run", "-d", "--name", "discreet", "--secret", "key=API_KEY", BASE))
+    ok(cli("exec", "discreet", "cat", "/run/secrets/key"), b"hush")
+    environment = Path(f"/proc/{machines()['discreet']['pid']}/environ").read_bytes()
+    assert b"hush" not in environment
+    assert b"VMETTE_STATE_DIR=" in environment
+    ok(cli("rm", "-f", "discreet"))
+
+
 def test_a_supervisor_that_is_killed_leaves_nothing(cli: Cli) -> None:
     ok(cli("run", "-d", "--name", "victim", BASE, *ENDLESS))
     (vm,) = vms("victim")
@@ -334,6 +353,13 @@ def test_a_time_out(cli: Cli, box: str) -> None:
     assert done.returncode == 124
     assert b"timed out after 1 seconds" in done.stderr
     wait_until_dead(cli, box, done.stdout)
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "-1"])
+def test_a_time_out_that_is_none(cli: Cli, box: str, seconds: str) -> None:
+    done = cli("exec", f"--timeout={seconds}", box, "true")
+    assert done.returncode == 2
+    assert b"cannot be kept" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

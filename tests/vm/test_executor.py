@@ -145,6 +145,11 @@ def test_machines_are_ended_from_another_thread() -> None:
         executor.submit(["true"])
 
 
+def test_a_job_does_not_show_what_is_secret() -> None:
+    job = Job(["a"], input="hush", env={"KEY": "hush"}, options={"secrets": {"key": "hush"}})
+    assert "hush" not in repr(job)
+
+
 def test_a_job_can_be_sent_to_another_process() -> None:
     job = Job(["sh", "-c", "echo out; exit 5"], options={"mem_mib": 128}, text=True)
     done = run_job(pickle.loads(pickle.dumps(job)))

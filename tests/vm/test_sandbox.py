@@ -150,7 +150,7 @@ def test_communicate(sandbox: vmette.Sandbox) -> None:
     assert caught.value.stdout == b"out\n"
     assert process.poll() is None
     process.kill()
-    assert process.communicate() == (b"", b"")
+    assert process.communicate() == (b"out\n", b"")  # what there was before is not lost
 
 
 def test_chunks_and_lines(sandbox: vmette.Sandbox) -> None:

@@ -11,7 +11,7 @@ from typing import IO, TypeVar
 
 import click
 
-from ..detached.client import Exec
+from ..detached.client import Exec, check_timeout
 from ..detached.machines import open_machine
 from ..errors import ConfigError, SandboxTimeout, TimeoutExpired, VmetteError
 from .run import parse_environment
@@ -48,6 +48,7 @@ def command(
     vmette exec -it box sh
     tar c src | vmette exec -i box tar x -C /tmp
     """  # noqa: D301 (click wants the character)
+    check_timeout(timeout)
     environment = parse_environment(env, ())
     argv = words[1:] if words[0] == "--" else words
     with ExitStack() as stack:

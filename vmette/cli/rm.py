@@ -20,7 +20,7 @@ def command(force: bool, names: tuple[str, ...]) -> int:
     """Remove machines that have ended: their logs and what is known of them."""
 
     def remove(entry: Entry) -> None:
-        if entry.alive and entry.read_state().ended is None:
+        if entry.alive and not entry.has_ended:
             if not force:
                 raise VmetteError(f"machine {entry.name!r} is running: stop it before, or use --force")
             with suppress(SandboxClosed):  # before the signal came

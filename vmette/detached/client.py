@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import shutil
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +20,25 @@ from ..errors import ConfigError, SandboxClosed, SandboxTimeout, VmetteError, Vm
 from ..machine import Machine
 from . import wire
 from .machines import Entry, State, machines
+
+MAX_WAIT = 1e6
+"""Seconds that are waited at once: a socket's time-out is less than 25 days."""
+_INHERITED = re.compile(
+    "PATH|HOME|TMPDIR|TEMP|TMP|TZ|LANG|LANGUAGE|LC_[A-Z]+|LD_LIBRARY_PATH|PYTHON[A-Z0-9]+"
+    "|XDG_(CACHE|CONFIG|STATE)_HOME|XDG_RUNTIME_DIR|VMETTE_(ASSETS|CACHE|STATE)_DIR"
+)
+"""What a supervisor has of its client's environment, and shows in /proc as long as it lives: only what itself, Python
+and QEMU read. In the rest may be secrets, such as those of the guest or a registry's tokens."""
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Checks a number of seconds that somebody gave.
+
+    Raises:
+        ConfigError: so long cannot be waited.
+    """
+    if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
+        raise ConfigError(f"a time-out of {timeout} seconds cannot be kept")
 
 
 class Reservation:
@@ -56,8 +75,7 @@ class Reservation:
         """
         from .supervisor import Task
 
-        if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
-            raise ConfigError(f"a time-out of {timeout} seconds cannot be kept")
+        check_timeout(timeout)
         ours, theirs = socket.socketpair()
         # Not the current directory, of which `-m` would import what happens to lie there.
         here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -69,6 +87,7 @@ class Reservation:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
+                env={name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)},
                 pass_fds=(self._lock, here),
             )
         finally:
@@ -123,8 +142,8 @@ def reserved(state: State) -> Iterator[Reservation]:
         yield reservation
     finally:
         if not reservation.started:
-            with machines():
-                shutil.rmtree(reservation.directory, ignore_errors=True)  # a machine that was up for a moment did
+            with machines(reservation.directory.parent) as all_machines:
+                all_machines.release(state.name, lock)  # unless a machine that was up for a moment has
         os.close(lock)
 
 
@@ -145,10 +164,12 @@ def _answer(entry: Entry, connection: socket.socket, deadline: float | None) -> 
     line = b""
     while not line.endswith(b"\n"):
         if deadline is not None:
-            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            connection.settimeout(min(MAX_WAIT, max(0.001, deadline - time.monotonic())))
         try:
             data = connection.recv(65536)
         except TimeoutError:
+            if deadline is not None and time.monotonic() < deadline:
+                continue
             raise SandboxTimeout from None
         except ConnectionResetError:
             data = b""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,10 @@ PREFIX = "log."
 
 
 class Log:
-    """Writes the log in `directory`, which has none yet. A disk that is full loses output, and stops nobody."""
+    """Writes the log in `directory`, which has none yet. A disk that is full loses output, and stops nobody.
+
+    All methods may be called from any thread.
+    """
 
     def __init__(self, directory: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
         self._directory = directory
@@ -30,18 +34,22 @@ class Log:
         self._number = -1
         self._fd = -1
         self._size = 0
+        self._lock = threading.Lock()
         self._begin()
 
     def _begin(self) -> None:
         path = self._directory / f"{PREFIX}{self._number + 1}"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self.close()
+        if self._fd >= 0:
+            os.close(self._fd)
         self._number, self._fd, self._size = self._number + 1, fd, 0
         (self._directory / f"{PREFIX}{self._number - 2}").unlink(missing_ok=True)
 
     def write(self, channel: int, data: bytes | memoryview) -> None:
-        """Adds a frame of at most `MAX_DATA` bytes."""
-        with suppress(OSError):
+        """Adds a frame of at most `MAX_DATA` bytes; none to a log that is closed."""
+        with self._lock, suppress(OSError):
+            if self._fd < 0:
+                return
             if self._size >= self._segment_bytes:
                 self._begin()
             frame = HEADER.pack(channel, len(data)) + data
@@ -61,9 +69,10 @@ class Log:
 
     def close(self) -> None:
         """Writes no more."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
 
 
 class LogSink:

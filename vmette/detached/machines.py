@@ -102,14 +102,19 @@ class Entry:
     def __exit__(self, *args: object) -> None:
         os.close(self.fd)
 
-    def read_state(self) -> State:
-        """What is known now.
+    def read_state(self) -> State | None:
+        """What is known now; None if it cannot be read."""
+        try:
+            with os.fdopen(os.open(STATE, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd), "rb") as file:
+                return State.decoded(file.read())
+        except (FileNotFoundError, ValueError):
+            return None
 
-        Raises:
-            FileNotFoundError, ValueError: nothing.
-        """
-        with os.fdopen(os.open(STATE, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd), "rb") as file:
-            return State.decoded(file.read())
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has said so."""
+        state = self.read_state()
+        return state is not None and state.ended is not None
 
     def _locked(self, how: int) -> bool:
         """Whether the supervisor's lock could be shared, as only the dead share it; with a wait, once it can."""
@@ -124,6 +129,14 @@ class Entry:
         finally:
             os.close(lock)
         return True
+
+    @property
+    def has_lock(self) -> bool:
+        """Whether it has been made as far as its lock, and is vmette's therefore."""
+        try:
+            return stat.S_ISREG(os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            return False
 
     @property
     def alive(self) -> bool:
@@ -146,18 +159,14 @@ class Entry:
             connection.connect(socket_path(self.fd))
         except (FileNotFoundError, ConnectionRefusedError):
             connection.close()
-            if self.alive and self._is_starting():
+            state = self.read_state()
+            if self.alive and state is not None and state.status == "starting":
                 raise VmetteError(f"machine {self.name!r} is not up yet: try again soon") from None
             raise SandboxClosed(f"machine {self.name!r} has ended") from None
         except BaseException:
             connection.close()
             raise
         return connection
-
-    def _is_starting(self) -> bool:
-        with suppress(FileNotFoundError, ValueError):
-            return self.read_state().status == "starting"
-        return False
 
 
 def socket_path(directory: int) -> str:
@@ -177,7 +186,8 @@ class Machines:
         for path in self.root.iterdir():
             if _NAME.fullmatch(path.name) and (entry := self._opened(path.name)) is not None:
                 with entry:
-                    found.append(entry.read_state())
+                    if (state := entry.read_state()) is not None:
+                        found.append(state)
         return sorted(found, key=lambda state: state.created)
 
     def open(self, name: str) -> Entry:
@@ -199,16 +209,17 @@ class Machines:
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
-            alive = entry.alive  # first: it may end now, and has said so before
-            if entry.read_state().ended is not None or alive:
+            if entry.alive or entry.has_ended:  # in this order: one that ends now has said so before
                 return entry
-        except (FileNotFoundError, ValueError):
-            pass
         except BaseException:
             os.close(entry.fd)
             raise
-        os.close(entry.fd)
-        shutil.rmtree(path)
+        with entry:
+            if entry.has_lock:
+                self.remove(entry)
+            else:  # :meth:`create` has not come far; or it is nothing of ours, which is not empty
+                with suppress(OSError):
+                    path.rmdir()
         return None
 
     def create(self, state: State) -> int:
@@ -223,7 +234,10 @@ class Machines:
                     f"there is a machine {state.name!r} already: choose another name, or `vmette rm {state.name}`"
                 )
         path = self.root / state.name
-        path.mkdir(mode=0o700)
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            raise ConfigError(f"{path} is something else than a machine: choose another name") from None
         try:
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -244,6 +258,13 @@ class Machines:
             if os.path.samestat(os.fstat(entry.fd), path.lstat()):
                 shutil.rmtree(path)
 
+    def release(self, name: str, lock: int) -> None:
+        """Removes the entry that :meth:`create` has made with `lock`. Does nothing if somebody else has."""
+        path = self.root / name
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(os.fstat(lock), (path / LOCK).lstat()):
+                shutil.rmtree(path)
+
 
 def machines_root() -> Path:
     """Where the entries are: `machines` in the user's directory for state. Made if need be.
@@ -257,9 +278,11 @@ def machines_root() -> Path:
     root = (assets.state_root() / "machines").absolute()
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = root.stat()
+        status = root.lstat()
     except OSError as error:
         raise ConfigError(f"cannot keep machines in {root}: {reason(error)}; set VMETTE_STATE_DIR") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise ConfigError(f"{root} is a symlink, which somebody else may have made: set VMETTE_STATE_DIR")
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise ConfigError(f"{root} is open to others: chmod 700 it, or set VMETTE_STATE_DIR")
     return root

@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import shutil
 import signal
 import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +54,8 @@ class Task:
     cwd: int
     """What relative paths of `machine` are relative to."""
     state: State
-    machine: Machine
-    command: Command
+    machine: Machine = field(repr=False)
+    command: Command = field(repr=False)
     idle: bool
     """Do not run `command`; but those of clients have its environment, directory and user all the same."""
     timeout: float | None
@@ -105,7 +104,7 @@ class Supervisor:
         self._ending: Ending | None = None
         """Of the main command."""
         self._over = False
-        self._due: tuple[float, Callable[[], None]] | None = None
+        self._due: dict[Callable[[], None], float] = {}
         """What happens, and when (`time.monotonic`), unless the machine ends before."""
         self._expired = False
         self._terminated = False
@@ -176,7 +175,7 @@ class Supervisor:
             Cancelled: nobody wants it any more.
         """
         if self._task.timeout is not None:
-            self._due = (time.monotonic() + self._task.timeout, self._expire)
+            self._schedule(self._expire, self._task.timeout)
         if self._task.idle:
             return
         out, err = (limited(LogSink(self._log, channel), self._task.max_output) for channel in (STDOUT, STDERR))
@@ -225,11 +224,15 @@ class Supervisor:
 
     def _serve(self) -> None:
         while self._ending is None and not self._over:
-            self.guest.turn(self._due[0] if self._due is not None else None)
-            if self._due is not None and time.monotonic() >= self._due[0]:
-                action = self._due[1]
-                self._due = None
+            self.guest.turn(min(self._due.values(), default=None))
+            for action in [action for action, due in self._due.items() if time.monotonic() >= due]:
+                del self._due[action]
                 action()
+
+    def _schedule(self, action: Callable[[], None], seconds: float) -> None:
+        """Has `action` done in `seconds`, or earlier if that was said before."""
+        due = time.monotonic() + seconds
+        self._due[action] = min(due, self._due.get(action, due))
 
     def _end(self, ending: Ending | None) -> None:
         """Writes down how the machine ended, and removes it if that is wanted."""
@@ -239,8 +242,8 @@ class Supervisor:
         self._tell(ended=time.time(), exit_code=code, error=error)
         self._log.close()
         if self._state.remove:
-            with machines(self._task.directory.parent):
-                shutil.rmtree(self._task.directory)
+            with machines(self._task.directory.parent) as all_machines:
+                all_machines.release(self._state.name, self._task.lock)
 
     def _outcome(self, ending: Ending | None) -> tuple[int, str | None]:
         """The exit code, as `vmette run` would have it, and what went wrong."""
@@ -267,7 +270,7 @@ class Supervisor:
             self._finish()
             return
         self.guest.signal(self.main.number, self._task.command.stop_signal or signal.SIGTERM)
-        self._due = (time.monotonic() + patience, self.kill)
+        self._schedule(self.kill, patience)
 
     def kill(self) -> None:
         """Kills the main command with all processes that it has started."""
@@ -275,7 +278,7 @@ class Supervisor:
             self._finish()
             return
         self.guest.signal(self.main.number, signal.SIGKILL, SignalFlag.ALL)
-        self._due = (time.monotonic() + KILL_SECONDS, self._finish)
+        self._schedule(self._finish, KILL_SECONDS)
 
     def signal(self, number: int) -> None:
         """Signals the main command.

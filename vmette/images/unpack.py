@@ -35,16 +35,16 @@ def unpack(tree: Tree, layers: Sequence[BinaryIO], directory: int) -> None:
 def place(nodes: Mapping[bytes, Node], layers: Sequence[BinaryIO], directory: int, *, modes: int = 0o1777) -> None:
     """Writes `nodes`, by their names, into the directory open as `directory`, which others may be using.
 
-    They become files of this user's, with their times and with those bits of their modes that `modes` has. Directories
-    stay their owner's to change, so that he can get rid of them. Directories that are there take the new contents in;
-    anything else that is there is replaced, and never followed.
+    They become files of this user's, with their times and with those bits of their modes that `modes` has and the umask
+    allows. Directories stay their owner's to change, so that he can get rid of them. Directories that are there take
+    the new contents in and keep their modes; anything else that is there is replaced, and never followed.
 
     Raises:
         OSError: something cannot be written; EISDIR or ENOTDIR where a directory and something else have one name.
     """
     top = Node("d")
     top.children = dict(nodes)
-    _Placer(layers, modes).contents(top, directory)
+    _Placer(layers, modes & (0o7000 | _permissions(directory))).contents(top, directory)
 
 
 def new_name() -> str:
@@ -99,7 +99,7 @@ class _Unpacker:
                     if child.kind != "d":
                         self._file(child, name, fd)
                         continue
-                    self._make_directory(name, fd)
+                    self._make_directory(child, name, fd)
                     there = os.open(name, _DIRECTORY, dir_fd=fd)
                     stack.append((child, sorted(child.children or {}, reverse=True), _identity(there)))
                 elif len(stack) == 1:
@@ -119,7 +119,7 @@ class _Unpacker:
         finally:
             os.close(fd)
 
-    def _make_directory(self, name: bytes, fd: int) -> None:
+    def _make_directory(self, node: Node, name: bytes, fd: int) -> None:  # noqa: ARG002 (for those who need it)
         os.mkdir(name, 0o700, dir_fd=fd)
 
     def _file(self, node: Node, name: bytes, fd: int) -> None:
@@ -190,10 +190,14 @@ class _Placer(_Unpacker):
         super().__init__(layers)
         self._root = False
         self._modes = modes
+        self._there: set[int] = set()
+        """The directories that have not been made here."""
 
-    def _make_directory(self, name: bytes, fd: int) -> None:
-        with suppress(FileExistsError):  # if it is something else, it does not open
-            super()._make_directory(name, fd)
+    def _make_directory(self, node: Node, name: bytes, fd: int) -> None:
+        try:
+            super()._make_directory(node, name, fd)
+        except FileExistsError:  # if it is something else, it does not open
+            self._there.add(id(node))
 
     def _file(self, node: Node, name: bytes, fd: int) -> None:
         """It gets its name when it is whole, in place of what has it."""
@@ -206,8 +210,20 @@ class _Placer(_Unpacker):
                 os.unlink(draft, dir_fd=fd)
 
     def _attributes(self, node: Node, fd: int) -> None:
-        os.fchmod(fd, node.mode & self._modes | (0o700 if node.kind == "d" else 0))
+        if id(node) not in self._there:
+            os.fchmod(fd, node.mode & self._modes | (0o700 if node.kind == "d" else 0))
         os.utime(fd, ns=(node.mtime, node.mtime))
+
+
+def _permissions(directory: int) -> int:
+    """Those that a new file there can have. It takes one to tell: who asks for the umask sets it, for all threads."""
+    name = new_name()
+    fd = os.open(name, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o777, dir_fd=directory)
+    try:
+        return os.fstat(fd).st_mode & 0o777
+    finally:
+        os.close(fd)
+        os.unlink(name, dir_fd=directory)
 
 
 def _identity(fd: int) -> tuple[int, int]:
