@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -78,10 +79,8 @@ def test_one_thread_at_a_time_writes(tmp_path: Path, directory: int, monkeypatch
     met = []
 
     def write(fd: int, data: bytes) -> int:
-        try:
+        with suppress(threading.BrokenBarrierError):  # as it should be: nobody came
             met.append(barrier.wait(0.2))
-        except threading.BrokenBarrierError:
-            pass  # as it should be: nobody came
         return original(fd, data)
 
     original = os.write

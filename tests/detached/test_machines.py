@@ -75,7 +75,9 @@ def test_an_entry_lives_as_long_as_its_lock_is_held() -> None:
     os.close(lock)
     with open_machine("box") as entry:
         assert entry.alive
-        assert entry.read_state().rootfs == "builtin://base"
+        state = entry.read_state()
+        assert state is not None
+        assert state.rootfs == "builtin://base"
         os.close(copy)
         assert not entry.alive
         entry.wait()

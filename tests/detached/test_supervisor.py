@@ -260,7 +260,7 @@ def test_the_earlier_end_counts(
         supervisor.stop(seconds)
     supervisor._serve()
     supervisor._log.close()
-    assert [when for when, number in did if number == signal.SIGKILL][0] == kill
+    assert next(when for when, number in did if number == signal.SIGKILL) == kill
     assert kill <= now <= kill + KILL_SECONDS
 
 
