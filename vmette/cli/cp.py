@@ -25,8 +25,8 @@ def command(max_bytes: int, source: str, target: str) -> None:
     """Copy files into a machine, or out of it: one of SOURCE and TARGET is NAME:PATH.
 
     A file or directory lands in TARGET if that is a directory, else it becomes TARGET. SOURCE/. is what is in SOURCE.
-    Links are copied as links, but for SOURCE itself. Modes and times are kept, owners are not: in the guest all belongs
-    to root, here to you. (A file here with a colon in its name is ./FILE.)
+    Links are copied as links, but for SOURCE itself. Times are kept, and modes, here as far as your umask allows.
+    Owners are not: in the guest all belongs to root, here to you. (A file here with a colon in its name is ./FILE.)
 
     The other one can be -: a tar archive on stdin, which is unpacked in the directory TARGET, or on stdout.
 
