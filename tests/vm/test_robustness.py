@@ -389,3 +389,32 @@ def test_output_without_an_end(
     said = hello() + frame(FrameType.STDOUT, 1, bytes(65536)) * 15
     with pytest.raises((vmette.OutputTooLarge, vmette.ProtocolError)):
         boot(programs, tmp_path, said, "endless", in_sandbox=in_sandbox)
+
+
+def test_what_is_mounted_over_the_files_of_a_cgroup_stops_nothing(sandbox: vmette.Sandbox) -> None:
+    script = (
+        "mkfifo /tmp/fifo; cd /sys/fs/cgroup$(sed s/^0::// /proc/self/cgroup);"
+        "for file in memory.peak memory.events cgroup.kill; do mount --bind /tmp/fifo $file; done; echo done"
+    )
+    done = sandbox.run(["sh", "-c", script], text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert done.usage is not None
+    assert (done.usage.peak_memory, done.usage.oom_kills) == (None, 0)
+    with pytest.raises(vmette.TimeoutExpired):
+        sandbox.run(["sh", "-c", script + "; exec sleep 1000"], timeout=3)
+    assert sandbox.run(["echo", "on"]).stdout == b"on\n"
+
+
+def test_a_helper_of_the_kernel_cannot_trace_the_agent_either(sandbox: vmette.Sandbox) -> None:
+    """The kernel executes what core_pattern names, as root and outside of every command."""
+    helper = "#!/bin/sh\ngrep Cap /proc/self/status >/caps.part; ls -l /proc/1/fd >/fds 2>&1; mv /caps.part /caps\n"
+    sandbox.files.write("/helper", helper.encode(), mode=0o755)
+    script = (
+        "ulimit -c unlimited; echo '|/helper' >/proc/sys/kernel/core_pattern; sh -c 'kill -SEGV $$';"
+        "until [ -e /caps ]; do sleep 0.1; done; cat /caps; cat /fds >&2"
+    )
+    done = sandbox.run(["sh", "-c", script], text=True)
+    sets = {line.split()[0]: int(line.split()[1], 16) for line in done.stdout.splitlines()}
+    assert sets["CapEff:"]
+    assert [name for name, bits in sets.items() if bits >> 19 & 1] == []  # CAP_SYS_PTRACE
+    assert "vport" not in done.stderr
