@@ -40,12 +40,7 @@ def cache_root() -> Path:
     Raises:
         ConfigError: this user has no home directory.
     """
-    if explicit := os.environ.get("VMETTE_CACHE_DIR"):
-        return Path(explicit)
-    found = _xdg("XDG_CACHE_HOME", ".cache")
-    if found is None:
-        raise ConfigError("this user has no home directory; set VMETTE_CACHE_DIR")
-    return found
+    return _root("VMETTE_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
 
 
 def state_root() -> Path:
@@ -54,17 +49,22 @@ def state_root() -> Path:
     Raises:
         ConfigError: this user has no home directory.
     """
-    if explicit := os.environ.get("VMETTE_STATE_DIR"):
-        return Path(explicit)
-    found = _xdg("XDG_STATE_HOME", ".local/state")
-    if found is None:
-        raise ConfigError("this user has no home directory; set VMETTE_STATE_DIR")
-    return found
+    return _root("VMETTE_STATE_DIR", "XDG_STATE_HOME", ".local/state")
 
 
 def config_root() -> Path | None:
     """`vmette` in the user's directory for configuration; None for a user who has no home."""
     return _xdg("XDG_CONFIG_HOME", ".config")
+
+
+def _root(ours: str, variable: str, in_home: str) -> Path:
+    """What our own variable says, or else :func:`_xdg`."""
+    if explicit := os.environ.get(ours):
+        return Path(explicit)
+    found = _xdg(variable, in_home)
+    if found is None:
+        raise ConfigError(f"this user has no home directory; set {ours}")
+    return found
 
 
 def _xdg(variable: str, in_home: str) -> Path | None:

@@ -72,7 +72,7 @@ class Publication:
 
 @dataclass(frozen=True)
 class Services:
-    """What a guest is to be given. Empty, as most are, it is false."""
+    """What a guest is to be given."""
 
     secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     """Files in /run/secrets, by name."""
@@ -97,8 +97,8 @@ class Services:
         if self.vsock_port == 0:
             object.__setattr__(self, "vsock_port", secrets.choice(RANDOM_VSOCK_PORTS))
         for port in (self.vsock_port, self.guest_vsock_port):
-            if port is not None and not 1 <= port <= MAX_VSOCK_PORT:
-                raise ConfigError(f"vsock port {port}: there are 1 to {MAX_VSOCK_PORT}")
+            if port is not None:
+                check_vsock_port(port)
 
     @property
     def env(self) -> dict[str, str]:
@@ -110,6 +110,16 @@ class Services:
 
             env |= proxy_environment(f"http://127.0.0.1:{PROXY_PORT}")
         return env
+
+
+def check_vsock_port(port: int) -> None:
+    """Does nothing if `port` is a vsock port.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not 1 <= port <= MAX_VSOCK_PORT:
+        raise ConfigError(f"vsock port {port}: there are 1 to {MAX_VSOCK_PORT}")
 
 
 def allowed_hosts(names: Iterable[str]) -> tuple[AllowedHost, ...]:
@@ -198,17 +208,7 @@ def _call(guest: Guest, what: str, argv: tuple[bytes, ...], data: bytes, deadlin
 def _listen(guest: Guest, address: str, serve: Callable[[socket.socket], None], deadline: float | None) -> None:
     """Has the guest listen at `address`; `serve` gets this side's end of each connection, which is its to close."""
     state: list[Ending | None] = []
-
-    def accept(number: int, peer: str) -> None:  # noqa: ARG001
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError:  # there are no descriptors left
-            guest.reject(number)
-            return
-        relay(ours, partial(guest.accepted, number))
-        serve(theirs)
-
-    guest.listen(address, accept, state.append, lambda: state.append(None))
+    guest.listen(address, acceptor(guest, serve), state.append, lambda: state.append(None))
     guest.turn_until(lambda: bool(state), deadline)
     if isinstance(failure := state[0], Failure):
         raise GuestError(f"the guest cannot listen at {address}: {os.strerror(failure.errno)}")
@@ -295,6 +295,21 @@ def listening_on_host(guest: Guest, cid: int, port: int, serve: Callable[[socket
             yield
         finally:
             guest.unwatch(listener.fileno())
+
+
+def acceptor(guest: Guest, serve: Callable[[socket.socket], None]) -> Callable[[int, str], None]:
+    """For :meth:`vmette.guest.Guest.listen`: `serve` gets this side's end of each connection, which is its to close."""
+
+    def accept(number: int, peer: str) -> None:  # noqa: ARG001
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:  # there are no descriptors left
+            guest.reject(number)
+            return
+        relay(ours, partial(guest.accepted, number))
+        serve(theirs)
+
+    return accept
 
 
 def relay(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .errors import ConfigError, GuestError, VmetteError
 from .protocol import Failure
-from .services import ANY_CID, MAX_VSOCK_PORT, listening_on_host, relay
+from .services import ANY_CID, acceptor, check_vsock_port, listening_on_host, relay
 from .streams import SocketSink, SocketSource
 
 if TYPE_CHECKING:
@@ -29,17 +29,6 @@ BACKLOG = 128
 """Connections that wait to be accepted."""
 ANSWER_SECONDS = 30.0
 """What a guest has to answer."""
-
-
-def check_port(port: int) -> int:
-    """`port`, if it is one.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not 1 <= port <= MAX_VSOCK_PORT:
-        raise ConfigError(f"vsock port {port}: there are 1 to {MAX_VSOCK_PORT}")
-    return port
 
 
 class Listener:
@@ -106,7 +95,7 @@ class Vsock:
             GuestError: it is in use.
             SandboxClosed: the VM has ended.
         """
-        check_port(port)
+        check_vsock_port(port)
         return self._listen_on_host(port, self._cid) if self._cid is not None else self._listen_in_guest(port)
 
     def connect(self, port: int, timeout: float = ANSWER_SECONDS) -> socket.socket:
@@ -118,7 +107,7 @@ class Vsock:
             TimeoutError: the guest has not said within `timeout` seconds.
             SandboxClosed: the VM has ended.
         """
-        check_port(port)
+        check_vsock_port(port)
         if self._cid is not None:
             connection = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
             try:
@@ -154,6 +143,8 @@ class Vsock:
             ending = result.get(timeout=timeout)
         except BaseException as error:
             ours.close()
+            if not numbers:  # no stream has it that would close it
+                theirs.close()
             self._session.post_if_open(lambda: give_up(self._session.guest))
             if isinstance(error, queue.Empty):
                 raise TimeoutError(f"the guest has not connected to its vsock port {port} in {timeout:g} s") from None
@@ -174,16 +165,9 @@ class Vsock:
             listener.add(None)
 
         def start(guest: Guest) -> int:
-            def accept(number: int, peer: str) -> None:  # noqa: ARG001
-                try:
-                    ours, theirs = socket.socketpair()
-                except OSError:  # there are no descriptors left
-                    guest.reject(number)
-                    return
-                relay(theirs, partial(guest.accepted, number))
-                listener.add(ours)
-
-            return guest.listen(f"vsock:{ANY_CID}:{port}", accept, ended, lambda: result.put(None)).number
+            return guest.listen(
+                f"vsock:{ANY_CID}:{port}", acceptor(guest, listener.add), ended, lambda: result.put(None)
+            ).number
 
         def close() -> None:
             session.post_if_open(lambda: session.guest.signal(number, signal.SIGKILL))
