@@ -195,8 +195,10 @@ def test_a_published_port_where_nothing_listens() -> None:
 
 def test_a_run_publishes_too(cli: Cli) -> None:
     port = free_port()
-    argv = command(["run", "-p", f"{port}:80", BASE, "--", "nc", "-l", "-p", "80", "-e", "cat"])
-    with subprocess.Popen(argv, stdin=subprocess.DEVNULL) as process:
+    # The run ends when its stdin does, and not with the connection: what is on its way then is lost with the VM.
+    script = "nc -l -p 80 -e cat </dev/null; cat"
+    argv = command(["run", "-p", f"{port}:80", BASE, "--", "sh", "-c", script])
+    with subprocess.Popen(argv, stdin=subprocess.PIPE) as process:
         taken: list[bytes] = []
 
         def answered() -> bool:
@@ -205,6 +207,8 @@ def test_a_run_publishes_too(cli: Cli) -> None:
             return b"hello" in taken
 
         wait_until(answered, "an answer of the guest")
+        assert process.stdin is not None
+        process.stdin.close()
         assert process.wait(60) == 0
 
 
