@@ -117,7 +117,7 @@ WRAP(int, kill, pid_t pid, int number) {
     if (!running) return __real_kill(pid, number);
     const int i = (pid < 0 ? -pid : pid) - FIRST_PID;
     if (i < 0 || i >= process_count || processes[i] == REAPED) complain("a stranger gets a signal");
-    planted(pid < 0 && number != SIGTERM && number != SIGKILL);
+    planted(number != SIGTERM && number != SIGKILL);
     if (number == SIGKILL && processes[i] == RUNS) processes[i] = HAS_ENDED;
     return pid < 0 ? REFUSE(0, ESRCH) : 0;
 }

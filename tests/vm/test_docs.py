@@ -14,6 +14,7 @@ import pytest
 
 import vmette
 import vmette.sandbox
+from tests.terminals import Terminal
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,6 +63,11 @@ def test_shell(text: str, place: Path) -> None:
     for line in text.splitlines():
         command, _, comment = line.partition("  #")
         if "vmette " not in command:  # `make run`, and what it needs: these tests are within it
+            continue
+        if "-it " in command:
+            with Terminal(command.split()) as terminal:
+                terminal.type("exit 0\r")
+                assert terminal.ended() == 0
             continue
         status = int(match[1]) if (match := re.search(r"exit code (\d+)", comment)) else 0
         done = subprocess.run(command, shell=True, capture_output=True, timeout=240, check=False)
