@@ -69,7 +69,7 @@ NATIVE = (
         "agent",
         40_000,
         sources=("agent", "command", "address", "cgroup", "wire"),
-        wrapped="start_child wait4 kill read write poll close open openat mkdirat unlinkat fcntl ioctl tcgetattr "
+        wrapped="start_child wait4 kill read write poll close open mkdirat unlinkat syscall fcntl ioctl tcgetattr "
         "signalfd setns setrlimit socket connect bind listen accept4 getsockopt setsockopt shutdown",
     ),
     Native(

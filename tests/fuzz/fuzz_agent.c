@@ -17,6 +17,7 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <termios.h>
 #include <unistd.h>
@@ -117,7 +118,7 @@ WRAP(int, kill, pid_t pid, int number) {
     if (!running) return __real_kill(pid, number);
     const int i = (pid < 0 ? -pid : pid) - FIRST_PID;
     if (i < 0 || i >= process_count || processes[i] == REAPED) complain("a stranger gets a signal");
-    planted(number != SIGTERM && number != SIGKILL);
+    planted(pid < 0 && number != SIGTERM && number != SIGKILL);
     if (number == SIGKILL && processes[i] == RUNS) processes[i] = HAS_ENDED;
     return pid < 0 ? REFUSE(0, ESRCH) : 0;
 }
@@ -419,11 +420,19 @@ int __wrap_open(const char *path, int flags, ...) {
     return running ? new_file(OTHER) : __real_open(path, flags, mode);
 }
 
-/* These are the files of cgroups. */
-int __wrap_openat(int directory, const char *path, int flags, ...);
-int __wrap_openat(int directory, const char *path, int flags, ...) {
-    (void)path, (void)flags;
-    return file_of(directory) == OTHER && REFUSE(0, ENOENT, EACCES) == 0 ? new_file(OTHER) : -1;
+/* It opens the files of cgroups with openat2, for which there is no other function. */
+long __real_syscall(long number, ...);
+long __wrap_syscall(long number, ...);
+long __wrap_syscall(long number, ...) {
+    va_list list;
+    long a[4];
+    va_start(list, number);
+    for (int i = 0; i < 4; i++) a[i] = va_arg(list, long);
+    va_end(list);
+    if (!running) return __real_syscall(number, a[0], a[1], a[2], a[3]);
+    if (number != SYS_openat2) complain("an unknown system call");
+    if (file_of((int)a[0]) != OTHER) complain("a path that starts at what is no directory");
+    return REFUSE(0, ENOENT, EXDEV) == 0 ? new_file(OTHER) : -1;
 }
 
 WRAP(int, mkdirat, int directory, const char *path, mode_t mode) {
