@@ -9,7 +9,6 @@
 
 #include <setjmp.h>
 #include <stdarg.h>
-#include <sys/syscall.h>
 
 #include <linux/openat2.h>
 
@@ -102,18 +101,7 @@ static int open_at(int directory, const char *path, const struct open_how *how) 
     return new_file(how->flags & O_PATH ? PLACE : DIRECTORY);
 }
 
-long __real_syscall(long number, ...);
-long __wrap_syscall(long number, ...);
-long __wrap_syscall(long number, ...) {
-    va_list list;
-    long a[4];
-    va_start(list, number);
-    for (int i = 0; i < 4; i++) a[i] = va_arg(list, long);
-    va_end(list);
-    if (!running) return __real_syscall(number, a[0], a[1], a[2], a[3]);
-    if (number != SYS_openat2) complain("an unknown system call");
-    return open_at((int)a[0], (const char *)a[1], (const struct open_how *)a[2]);
-}
+#include "openat2.h"
 
 /* --- Making ------------------------------------------------------------------------------------------------------- */
 
