@@ -255,11 +255,10 @@ class Agent:
 
 
 def spawn(program: Path, mode: str, port: socket.socket, *args: str) -> subprocess.Popen[bytes]:
-    """agent_host, in a session of its own: a signal to its group, by whatever mistake, is its own affair. Nor does it
-    inherit that a hang-up is ignored, as under nohup: the kernel starts it so."""
+    """agent_host, in a session of its own: a signal to its group, by whatever mistake, is its own affair."""
     options = f"exitcode={SANITIZER_STATUS}:print_stacktrace=1:detect_stack_use_after_return=1"
     return subprocess.Popen(
-        ["/usr/bin/env", "--default-signal=HUP", program, mode, str(port.fileno()), *args],
+        [program, mode, str(port.fileno()), *args],
         pass_fds=[port.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
