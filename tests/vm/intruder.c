@@ -21,9 +21,12 @@ static long open_file(pid_t pid, const char *name, int flags) {
 static void attempt_all(pid_t pid, void *address) {
     char byte = 1;
     struct iovec ours = {&byte, 1}, theirs = {address, 1};
-    result("attach", ptrace(PTRACE_ATTACH, pid, NULL, NULL));
-    waitpid(pid, NULL, WNOHANG);
-    ptrace(PTRACE_DETACH, pid, NULL, NULL);
+    long attached = ptrace(PTRACE_ATTACH, pid, NULL, NULL);
+    result("attach", attached);
+    if (attached == 0) {
+        waitpid(pid, NULL, 0); /* one that has not stopped yet cannot be let go */
+        ptrace(PTRACE_DETACH, pid, NULL, NULL);
+    }
     result("seize", ptrace(PTRACE_SEIZE, pid, NULL, NULL));
     result("readv", process_vm_readv(pid, &ours, 1, &theirs, 1, 0));
     result("writev", process_vm_writev(pid, &ours, 1, &theirs, 1, 0));

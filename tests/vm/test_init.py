@@ -135,10 +135,10 @@ def test_a_command_that_is_an_init_and_has_a_terminal(sandbox: vmette.Sandbox) -
 
 @pytest.fixture(scope="module")
 def systemd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Debian root filesystem, of this machine's release, with systemd in it."""
+    """A Debian root filesystem, of this machine's release, with systemd in it, and what one of its units needs."""
     root = tmp_path_factory.mktemp("systemd") / "root"
     release = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    mmdebstrap = ["mmdebstrap", "--variant=essential", "--include=systemd-sysv", "--quiet"]
+    mmdebstrap = ["mmdebstrap", "--variant=essential", "--include=systemd-sysv,kmod", "--quiet"]
     subprocess.run([*mmdebstrap, release, str(root)], check=True)
     return root
 
