@@ -1,11 +1,30 @@
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets up the process that all tests run in."""
+    _take_signals()
+    config.addinivalue_line("markers", "only_qemu: tests what only QEMU has or does")
+    if config.getoption("--backend") == "vz":
+        from tests.fake_vz.build import program
+
+        os.environ |= {"VMETTE_VMM": "vz", "VMETTE_VZ": str(program()), "VMETTE_VSOCK": "relay"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With another VMM, leaves out what is QEMU's."""
+    if config.getoption("--backend") != "qemu":
+        left_out = [item for item in items if item.get_closest_marker("only_qemu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _take_signals() -> None:
     """What started this run (nohup, a shell's `&`) may have had signals ignored, which all programs would inherit."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -16,6 +35,7 @@ def pytest_configure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--arch", default=None, help="also run the tests of this guest architecture")
+    parser.addoption("--backend", default="qemu", choices=["qemu", "vz"], help="what runs VMs; vz is a stand-in here")
 
 
 @pytest.hookimpl(trylast=True)

@@ -17,6 +17,7 @@ import pytest
 from vmette import assets
 from vmette.config import CMDLINE_BYTES, Disk, MachineConfig, Share, scratch_size, signal_number
 from vmette.errors import ConfigError, PayloadError, VmetteError
+from vmette.machine import architecture
 from vmette.providers.base import BlockFs, BlockImage, Directory
 from vmette.vmm.cmdline import kernel_cmdline
 
@@ -326,6 +327,56 @@ def test_what_may_not_be_read_is_said_so(directory: Path) -> None:
     ]
 
 
+# --- The architecture of a machine
+
+
+@pytest.mark.parametrize(
+    ("vmm", "host", "arch", "platform", "expected"),
+    [
+        ("qemu", "x86_64", None, None, ("x86_64", False)),
+        ("qemu", "x86_64", None, "linux/amd64", ("x86_64", False)),
+        ("qemu", "x86_64", None, "linux/arm64/v8", ("aarch64", False)),
+        ("qemu", "x86_64", "arm64", "linux/arm64", ("aarch64", False)),
+        ("qemu", "aarch64", None, "linux/amd64", ("x86_64", False)),
+        ("qemu", "x86_64", "aarch64", None, ("aarch64", False)),
+        ("qemu", "x86_64", None, "nonsense", ("x86_64", False)),
+        ("vz", "aarch64", None, None, ("aarch64", False)),
+        ("vz", "aarch64", None, "linux/arm64", ("aarch64", False)),
+        ("vz", "aarch64", None, "linux/amd64", ("aarch64", True)),
+        ("vz", "aarch64", "aarch64", "linux/amd64", ("aarch64", True)),
+        ("vz", "aarch64", "x86_64", "linux/amd64", ("x86_64", False)),
+    ],
+)
+def test_the_architecture_follows_from_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, vmm: str, host: str, arch: str | None, platform: str | None, expected: object
+) -> None:
+    monkeypatch.setenv("VMETTE_VMM", vmm)
+    monkeypatch.setattr(assets, "host_arch", lambda: host)
+    assert architecture(arch, platform) == expected
+
+
+@pytest.mark.parametrize(
+    ("arch", "platform", "message"),
+    [
+        (None, "linux/386", "no machine here runs images for linux/386: there are linux/amd64 and linux/arm64"),
+        ("x86_64", "linux/arm64", "an image for linux/arm64 does not run in a machine for x86_64: leave out one of "),
+        ("sparc", None, "architecture 'sparc' is not supported"),
+    ],
+)
+def test_an_image_that_no_machine_runs(
+    monkeypatch: pytest.MonkeyPatch, arch: str | None, platform: str | None, message: str
+) -> None:
+    monkeypatch.setenv("VMETTE_VMM", "qemu")
+    with pytest.raises(ConfigError, match=message):
+        architecture(arch, platform)
+
+
+def test_a_vmm_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMETTE_VMM", "xen")
+    with pytest.raises(ConfigError, match="VMETTE_VMM is 'xen'; it can be qemu or vz"):
+        architecture("aarch64", "linux/amd64")
+
+
 # --- MachineConfig
 
 
@@ -341,7 +392,7 @@ def test_what_may_not_be_read_is_said_so(directory: Path) -> None:
         {"cmdline": "a=b c"},
         {"scratch_mib": 16},
         {"scratch_mib": 16 << 20},
-        {"vsock_cid": 3},
+        {"vsock": True},
         {"pids": 1},
         {"nofile": 16},
         {"nofile": 1 << 20},
@@ -372,8 +423,6 @@ def test_values_within_the_limits(payload: Path, changes: dict[str, object]) -> 
             {"scratch_mib": 16, "root_read_only": True},
             "a scratch disk is for writing to the root filesystem, which is to be read-only",
         ),
-        ({"vsock_cid": 2}, "vsock CID 2: a guest can have 3 to 4294967294"),
-        ({"vsock_cid": (1 << 32) - 1}, "vsock CID 4294967295: a guest can have 3 to 4294967294"),
         ({"pids": 0}, "0 processes: there can be 1 to 4194304"),
         ({"nofile": 15}, "15 open files: there can be 16 to 1048576"),
         *[
@@ -522,6 +571,18 @@ def test_where_the_cache_is(
     assert assets.cache_root() == Path(expected)
 
 
+def test_where_macos_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setenv("HOME", "/h")
+    for name in ("CACHE", "STATE", "CONFIG"):
+        monkeypatch.delenv(f"XDG_{name}_HOME", raising=False)
+        monkeypatch.delenv(f"VMETTE_{name}_DIR", raising=False)
+    assert assets.cache_root() == Path("/h/Library/Caches/vmette")
+    assert assets.state_root() == assets.config_root() == Path("/h/Library/Application Support/vmette")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert assets.cache_root() == Path("/x/vmette")
+
+
 def test_no_home_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(uid: int) -> pwd.struct_passwd:
         raise KeyError(uid)
@@ -544,7 +605,7 @@ GETTERS: list[tuple[Callable[[str], Path], str]] = [
 def test_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, get: Callable[[str], Path], name: str) -> None:
     monkeypatch.setenv("VMETTE_ASSETS_DIR", str(tmp_path))
     path = tmp_path / "aarch64" / name
-    expected = f"{path} is missing: run `make payload` in a checkout, or set VMETTE_ASSETS_DIR"
+    expected = f"{path} is missing: run `make payload-aarch64` in a checkout, or set VMETTE_ASSETS_DIR"
     with pytest.raises(PayloadError, match=f"^{re.escape(expected)}"):
         get("aarch64")
     path.mkdir(parents=True)

@@ -47,12 +47,14 @@ class FakeMachine:
     """In place of QemuMachine."""
 
     def __init__(self) -> None:
-        self.config = SimpleNamespace(shares=(), disks=(), vsock_cid=None)
+        self.config = SimpleNamespace(shares=(), disks=())
+        self.vsock = None
         self.control, self.guest = socket.socketpair()
         self.console, self._console = socket.socketpair()
         self.errors, self._errors = os.pipe()
         self.ends: list[int] = []
         self.child = SimpleNamespace(status=0, poll=lambda wait: True)
+        self.failure = lambda said: None
         self.closed = False
 
     def close(self) -> None:

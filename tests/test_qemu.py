@@ -12,8 +12,9 @@ import pytest
 from vmette.config import Disk, MachineConfig, Share
 from vmette.errors import ConfigError, VmmError
 from vmette.providers.base import BlockFs, BlockImage
-from vmette.vmm import qemu
-from vmette.vmm.qemu import PASST_DNS, Attached, command_line, make_scratch, open_vsock
+from vmette.vmm import qemu, vhost_vsock
+from vmette.vmm.qemu import PASST_DNS, Attached, command_line
+from vmette.vmm.scratch import unnamed
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def test_scratch_is_the_last_disk(disk: Path, disks: int, letter: str) -> None:
 
 def test_a_scratch_disk_has_no_name_and_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path / "cache"))
-    fd = make_scratch(4096)
+    fd = unnamed(4096)
     try:
         status = os.fstat(fd)
         assert (status.st_size, status.st_nlink) == (4 << 30, 0)
@@ -110,7 +111,7 @@ def test_where_there_is_no_room_for_scratch(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "file").touch()
     monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(VmmError, match=r"^cannot make a scratch disk of 64 MiB in .*file/scratch: Not a directory$"):
-        make_scratch(64)
+        unnamed(64)
 
 
 @pytest.mark.parametrize(
@@ -128,19 +129,21 @@ def test_network(attached: Attached | None, backend: str, how: str) -> None:
 
 
 def test_vsock() -> None:
-    assert "vhost-vsock-device,guest-cid=42,vhostfd=8" in values(argv_of(Attached(vsock=8), vsock_cid=42), "-device")
+    assert "vhost-vsock-device,guest-cid=42,vhostfd=8" in values(
+        argv_of(Attached(vsock=(42, 8)), vsock=True), "-device"
+    )
 
 
 def test_a_host_without_vsock_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu, "VHOST_VSOCK", tmp_path / "vhost-vsock")
+    monkeypatch.setattr(vhost_vsock, "DEVICE", tmp_path / "vhost-vsock")
     with pytest.raises(VmmError, match="vhost-vsock does not exist; is the kernel module vhost_vsock loaded"):
-        open_vsock()
+        vhost_vsock.open_device()
     (tmp_path / "vhost-vsock").mkdir()
     with pytest.raises(VmmError, match="vhost-vsock cannot be opened: Is a directory"):
-        open_vsock()
-    monkeypatch.setattr(qemu, "VHOST_VSOCK", tmp_path / "vhost-vsock" / "device")
+        vhost_vsock.open_device()
+    monkeypatch.setattr(vhost_vsock, "DEVICE", tmp_path / "vhost-vsock" / "device")
     (tmp_path / "vhost-vsock" / "device").touch()
-    os.close(open_vsock())
+    os.close(vhost_vsock.open_device())
 
 
 def test_more_devices_than_places(tmp_path: Path, disk: Path, arm: dict[str, Any]) -> None:

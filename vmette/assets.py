@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from .errors import ConfigError, PayloadError
@@ -35,45 +36,50 @@ def canonical_arch(name: str) -> str:
 
 
 def cache_root() -> Path:
-    """$VMETTE_CACHE_DIR, or `vmette` in the user's cache directory. Not made here.
+    """$VMETTE_CACHE_DIR, or `vmette` in the user's cache directory (of macOS: ~/Library/Caches). Not made here.
 
     Raises:
         ConfigError: this user has no home directory.
     """
-    return _root("VMETTE_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
+    return _root("VMETTE_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "Library/Caches")
 
 
 def state_root() -> Path:
-    """$VMETTE_STATE_DIR, or `vmette` in the user's directory for state. Not made here.
+    """$VMETTE_STATE_DIR, or `vmette` in the user's directory for state (of macOS: ~/Library/Application Support).
+
+    Not made here.
 
     Raises:
         ConfigError: this user has no home directory.
     """
-    return _root("VMETTE_STATE_DIR", "XDG_STATE_HOME", ".local/state")
+    return _root("VMETTE_STATE_DIR", "XDG_STATE_HOME", ".local/state", "Library/Application Support")
 
 
 def config_root() -> Path | None:
-    """`vmette` in the user's directory for configuration; None for a user who has no home."""
-    return _xdg("XDG_CONFIG_HOME", ".config")
+    """`vmette` in the user's directory for configuration (of macOS: ~/Library/Application Support).
+
+    None for a user who has no home.
+    """
+    return _users("XDG_CONFIG_HOME", ".config", "Library/Application Support")
 
 
-def _root(ours: str, variable: str, in_home: str) -> Path:
-    """What our own variable says, or else :func:`_xdg`."""
+def _root(ours: str, variable: str, xdg: str, apple: str) -> Path:
+    """What our own variable says, or else :func:`_users`."""
     if explicit := os.environ.get(ours):
         return Path(explicit)
-    found = _xdg(variable, in_home)
+    found = _users(variable, xdg, apple)
     if found is None:
         raise ConfigError(f"this user has no home directory; set {ours}")
     return found
 
 
-def _xdg(variable: str, in_home: str) -> Path | None:
-    """`vmette` in one of the directories of the XDG specification, which has a relative one ignored."""
+def _users(variable: str, xdg: str, apple: str) -> Path | None:
+    """`vmette` in one of the directories of the XDG specification, which has a relative one ignored, or in Apple's."""
     explicit = Path(os.environ.get(variable, ""))
     if explicit.is_absolute():
         return explicit / "vmette"
     try:
-        return Path.home() / in_home / "vmette"
+        return Path.home() / (apple if sys.platform == "darwin" else xdg) / "vmette"
     except RuntimeError:
         return None
 
@@ -86,8 +92,9 @@ def _payload(arch: str, name: str) -> Path:
     except OSError as error:  # before Python 3.14: a directory on the way is not ours to search
         raise PayloadError(f"cannot read {path}: {error.strerror}") from error
     if not there:
+        make = "wheel-macos" if arch == "macos" else "payload" if arch == host_arch() else f"payload-{arch}"
         raise PayloadError(
-            f"{path} is missing: run `make payload` in a checkout, or set VMETTE_ASSETS_DIR to a directory that has it"
+            f"{path} is missing: run `make {make}` in a checkout, or set VMETTE_ASSETS_DIR to a directory that has it"
         )
     return path
 
@@ -117,3 +124,14 @@ def base_image(arch: str | None = None) -> Path:
         PayloadError: it is missing.
     """
     return _payload(arch or host_arch(), "base.squashfs")
+
+
+def vz_program() -> Path:
+    """vmette-vz, the host program that runs machines on macOS: $VMETTE_VZ, or what came with vmette.
+
+    Raises:
+        PayloadError: it is missing.
+    """
+    if explicit := os.environ.get("VMETTE_VZ"):
+        return Path(explicit)
+    return _payload("macos", "vmette-vz")

@@ -28,13 +28,12 @@ MIN_PIDS, MAX_PIDS = 1, 1 << 22
 """The kernel's PID_MAX_LIMIT (include/linux/threads.h)."""
 MIN_NOFILE, MAX_NOFILE = 16, 1 << 20
 """The kernel's default for fs.nr_open (fs/file.c) is the most that anybody can have."""
-FIRST_CID, LAST_CID = 3, (1 << 32) - 2
-"""Context ids that a guest can have (vsock(7))."""
 HOSTNAME_BYTES = 64
 """HOST_NAME_MAX of Linux."""
 TAG_BYTES = 35
 """The tag field of a virtio-fs device has 36 (virtio 1.2, 5.11.4); Virtualization.framework wants fewer than that."""
-ROOT_TAG = "rootfs"
+ROOT_TAG, ROSETTA_TAG = "rootfs", "vmette-rosetta"
+"""Ours: no share of a user can have these."""
 KERNEL_DIRECTORIES = ("/proc", "/sys", "/dev")
 """Of the guest, and nobody else's."""
 CMDLINE_BYTES = 2047
@@ -304,8 +303,10 @@ class MachineConfig:
     """MiB of a disk that lives as long as the VM, in place of memory, for what is written to the root and to /tmp."""
     network: bool = False
     """A network card, and through it the networks that the host is in; without it there is none."""
-    vsock_cid: int | None = None
-    """The context id of a vsock device, which leads to the host (see `vmette.vmm.qemu.open_vsock`)."""
+    vsock: bool = False
+    """A vsock device, which leads to the host, if this host has any to give."""
+    rosetta: bool = False
+    """Programs for x86_64 run in a machine for aarch64, by Apple's Rosetta."""
     guest_helpers: bool = False
     """vsock-send and vsock-runner in /usr/local/bin of the guest, whatever its root is."""
     vcpus: int = 1
@@ -338,8 +339,6 @@ class MachineConfig:
             _check_range(self.scratch_mib, "MiB of scratch", MIN_SCRATCH_MIB, MAX_SCRATCH_MIB)
             if self.root_read_only:
                 raise ConfigError("a scratch disk is for writing to the root filesystem, which is to be read-only")
-        if self.vsock_cid is not None and not FIRST_CID <= self.vsock_cid <= LAST_CID:
-            raise ConfigError(f"vsock CID {self.vsock_cid}: a guest can have {FIRST_CID} to {LAST_CID}")
         if self.pids is not None:
             _check_range(self.pids, "processes", MIN_PIDS, MAX_PIDS)
         if self.nofile is not None:

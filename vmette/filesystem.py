@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO, Protocol, TypedDict, cast
 from .config import Command
 from .errors import ConfigError, GuestFileError, OutputTooLarge, ProtocolError, TimeoutExpired
 from .guest import MAX_POLL
+from .linux import strerror
 from .process import MAX_OUTPUT
 from .protocol import MAX_CONTROL, Tag, decode_error, decode_record
 
@@ -572,7 +573,7 @@ class _Call:
         if said.errno == 0:
             how = f"was killed by signal {-code}" if code < 0 else f"failed with status {code}"
             raise self._failure(errno.EIO, f"the guest's function {os.fsdecode(self._command.argv[0])!r} {how}")
-        raise self._failure(said.errno, said.text.removeprefix(f"{self._path}: ") or os.strerror(said.errno))
+        raise self._failure(said.errno, said.text.removeprefix(f"{self._path}: ") or strerror(said.errno))
 
     def _end_input(self) -> None:
         """Has a function that is given up remove what it has begun: it is not to be killed before that."""

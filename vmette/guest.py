@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from .config import Command
 from .errors import CommandNotStarted, GuestError, ProtocolError, SandboxClosed, SandboxTimeout, VmetteError, VmmError
+from .linux import strerror
+from .polling import new_poll
 from .protocol import (
     MAX_STREAMS,
     Accepted,
@@ -33,7 +35,7 @@ from .streams import BytesSource, Discard, Sink, Source
 from .timings import Stopwatch
 
 if TYPE_CHECKING:
-    from .vmm.qemu import QemuMachine
+    from .vmm.base import VirtualMachine, VsockDevice
 
 BOOT_SECONDS = 120.0
 """A guest that has not said hello by then never will, however busy this host is."""
@@ -151,7 +153,7 @@ class Guest:
 
     def __init__(
         self,
-        machine: QemuMachine,
+        machine: VirtualMachine,
         stopwatch: Stopwatch,
         *,
         debug: Callable[[str], None] | None = None,
@@ -176,7 +178,7 @@ class Guest:
         self._machine.control.setblocking(False)
         self._machine.console.setblocking(False)
         os.set_blocking(self._machine.errors, False)
-        self._poll = select.poll()
+        self._poll = new_poll()
         self._watched: dict[int, int] = {}
         self._ready: dict[int, int] = {}
         self._watches: dict[int, Callable[[], None]] = {}
@@ -190,6 +192,11 @@ class Guest:
 
     def __exit__(self, *args: object) -> None:
         self.close()
+
+    @property
+    def vsock(self) -> VsockDevice | None:
+        """The machine's vsock device, if it has one."""
+        return self._machine.vsock
 
     def close(self) -> None:
         """Ends the VM, now."""
@@ -489,7 +496,7 @@ class Guest:
         if isinstance(event, Hello):
             self._greeted(event)
         elif isinstance(event, Failure) and event.stream == 0:
-            reason = f"{event.text}: {os.strerror(event.errno)}" if event.errno else event.text
+            reason = f"{event.text}: {strerror(event.errno)}" if event.errno else event.text
             raise GuestError(f"the guest could not set itself up: {reason}", self._console.last_words)
         elif isinstance(event, Accepted):
             self._take_connection(event)
@@ -629,14 +636,9 @@ class Guest:
             self._console.feed(data)
         while data := _drain(machine.errors):
             self._vmm_said.feed(data)
+        if (failure := machine.failure(self._vmm_said.last_words)) is not None:
+            return failure
         words = self._console.last_words
-        lines = self._vmm_said.last_words
-        last = max((at for at, line in enumerate(lines) if line.startswith("qemu")), default=len(lines))
-        said = " ".join(lines[last:])
-        status = os.waitstatus_to_exitcode(machine.child.status or 0)
-        if status != 0:
-            how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
-            return VmmError(f"QEMU {how}: {said}" if said else f"QEMU {how}")
         when = "before the command did" if self.kernel is not None else "before it was up"
         panic = next((line for line in words if "Kernel panic" in line), "")
         return GuestError(f"the guest ended {when}" + (f": {panic}" if panic else ""), words)
@@ -644,7 +646,8 @@ class Guest:
 
 def _seconds_slept() -> float:
     """How long this machine has slept since it booted."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    # On macOS, that which goes on meanwhile is CLOCK_MONOTONIC, and the other is what Python calls monotonic.
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) - time.monotonic()
 
 
 def clock_command() -> Command:
@@ -684,4 +687,4 @@ def completed(command: Command, ending: Ending) -> Exited:
         raise CommandNotStarted(f"cannot run {name!r}: {ending.stage}: {ending.text}", VmetteError.exit_code)
     if ending.errno == errno.ENOENT:
         raise CommandNotStarted(f"the root filesystem has no command {name!r}", 127)
-    raise CommandNotStarted(f"cannot execute {name!r}: {os.strerror(ending.errno)}", 126)
+    raise CommandNotStarted(f"cannot execute {name!r}: {strerror(ending.errno)}", 126)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -37,11 +38,11 @@ class RootfsOptions(TypedDict, total=False):
     pull: str
     """When a registry is asked: `missing` (the cache has it not, or checked it over an hour ago), `always`, `never`."""
     platform: str | None
-    """Of the image, `os/arch[/variant]`; linux on `arch` by default."""
+    """Of the image, `os/arch[/variant]`; linux on `arch` by default. It also says which machine it takes."""
     rootfs_form: str
     """What layers are made into: a `block` image, or a `directory`."""
     arch: str | None
-    """`x86_64` or `aarch64`; the host's by default."""
+    """`x86_64` or `aarch64`; by default that of `platform`, or the host's."""
     progress: Callable[[Progress], None] | None
     """Is told how long work goes, from several threads."""
     cancelled: Callable[[], bool]
@@ -148,13 +149,14 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
     if "vsock_port" in options or "guest_vsock_port" in options:
         options["vsock"] = True
     cancelled = options.pop("cancelled", None)
-    arch = assets.canonical_arch(given) if (given := options.pop("arch", None)) else assets.host_arch()
+    platform = options.pop("platform", None)
+    arch, rosetta = architecture(options.pop("arch", None), platform)
     context = Context(
         assets.cache_root(),
         options.pop("offline", False),
         arch=arch,
         pull=options.pop("pull", "missing"),
-        platform=options.pop("platform", None),
+        platform=platform,
         form=options.pop("rootfs_form", "block"),
         progress=options.pop("progress", None) or (lambda _: None),
         cancelled=cancelled or (lambda: False),
@@ -162,11 +164,36 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
     registry = options.pop("registry", None) or default_registry()
     # What is wrong with these is said before anything is fetched.
     services = _services(**{name: options.pop(name) for name in SERVICES if name in options})  # type: ignore[misc]
-    config = _config(arch, **options)  # type: ignore[misc, arg-type]
+    config = _config(arch, rosetta=rosetta, **options)  # type: ignore[misc, arg-type]
     artifact = registry.resolve(os.fspath(rootfs), context)
     if services is not None and services.secrets_user is None and artifact.config is not None:
         services = replace(services, secrets_user=artifact.config.user)
     return Machine(replace(config, root=artifact), artifact.config, services, cancelled)
+
+
+def architecture(arch: str | None, platform: str | None) -> tuple[str, bool]:
+    """The architecture of a machine that is asked for by its own, its image's platform or neither; and if by Rosetta.
+
+    An image of another architecture than this computer's runs in a machine of that, which is emulated. On a Mac, one
+    for x86_64 runs in a machine of the Mac's own, by Rosetta.
+
+    Raises:
+        ConfigError: there is no such machine, or it would not run the image.
+    """
+    from . import vmm
+
+    machine = None if arch is None else assets.canonical_arch(arch)
+    _, _, rest = (platform or "").partition("/")
+    if not rest:  # a malformed one is the provider's to refuse
+        return machine or assets.host_arch(), False
+    wanted = assets.ARCHITECTURES.get(rest.partition("/")[0])
+    if wanted is None:
+        raise ConfigError(f"no machine here runs images for {platform}: there are linux/amd64 and linux/arm64")
+    if wanted == "x86_64" and (machine or assets.host_arch()) == "aarch64" and vmm.name() == "vz":
+        return "aarch64", True
+    if machine not in {None, wanted}:
+        raise ConfigError(f"an image for {platform} does not run in a machine for {arch}: leave out one of the two")
+    return wanted, False
 
 
 def _config(
@@ -183,15 +210,13 @@ def _config(
     **others: Any,
 ) -> MachineConfig:
     """The configuration, but for its root, of the options that are those of the machine itself."""
-    if vsock:
-        from .vmm.qemu import new_vsock_cid
-
-        others |= {"guest_helpers": True, "vsock_cid": new_vsock_cid()}
     return MachineConfig(
         None,
         arch=arch,
         root_read_only=rootfs_ro,
         network=net,
+        vsock=vsock and os.environ.get("VMETTE_VSOCK") != "relay",
+        guest_helpers=vsock,
         scratch_mib=scratch_size(scratch) if isinstance(scratch, str) else scratch,
         shares=tuple(shares),
         disks=tuple(disks),
@@ -250,15 +275,13 @@ def booted(
         SandboxTimeout: `deadline`, a time of `time.monotonic`, passed before its services were there.
         ConfigError, GuestError: see :func:`vmette.services.running`.
     """
-    from .vmm.qemu import QemuMachine, choose_accel
+    from . import vmm
 
     config = machine.config
     with ExitStack() as stack:
         if config.root is not None:
             stack.callback(os.close, held(config.root.path))  # nobody clears the cache of it while the VM lives
-        accel = choose_accel(config)
-        stopwatch.reached("vmm")
-        vm = stack.enter_context(QemuMachine(config, accel))
+        vm = stack.enter_context(vmm.start(config, partial(stopwatch.reached, "vmm")))
         # The VM comes first: what talks to it is imported while it boots.
         from .guest import Guest
 
@@ -266,7 +289,7 @@ def booted(
         if machine.services is not None:
             from .services import running
 
-            stack.enter_context(running(guest, machine.services, config.vsock_cid, deadline))
+            stack.enter_context(running(guest, machine.services, vm.vsock, deadline))
         yield guest
 
 

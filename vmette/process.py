@@ -348,7 +348,7 @@ class Popen:
         self._running.when_done(watcher)
 
     def send_signal(self, number: int | str, *, group: bool = False) -> None:
-        """Sends it a signal, by Linux's number or by name (`TERM`, `SIGUSR1`); to its process group with `group`.
+        """Sends it a signal, by name (`TERM`, `signal.SIGUSR1`) or Linux's number; to its process group with `group`.
 
         Does nothing if it has ended.
 
@@ -356,7 +356,8 @@ class Popen:
             ConfigError: there is no such signal.
         """
         self._running.signal(
-            signal_number(str(int(number) if isinstance(number, int) else number)),
+            # Python's own signals have this host's numbers.
+            signal_number(number.name if isinstance(number, signal.Signals) else str(number)),
             SignalFlag.GROUP if group else SignalFlag.PROCESS,
         )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from .errors import ConfigError, GuestError, SandboxClosed, VmetteError, VmmError
 from .guest import clock_command
+from .linux import strerror
 from .machine import Machine, MachineOptions, booted, prepare
 from .process import MAX_OUTPUT, Captured, CompletedProcess, Popen, Redirection, encoded, run
 from .protocol import decode_error
@@ -40,7 +41,6 @@ class Session:
 
     def __init__(self, machine: Machine, *, max_lifetime: float | None, idle_timeout: float | None) -> None:
         self.stopwatch = Stopwatch()
-        self.vsock_cid = machine.config.vsock_cid
         self._idle_timeout = idle_timeout
         self._busy_until = time.monotonic()
         self._pid = os.getpid()
@@ -246,7 +246,7 @@ class Sandbox:
         captured = Captured(command)
         if run(self._session, command, b"", captured).code != 0:
             failure = decode_error(0, captured.stderr)
-            raise GuestError(f"the guest cannot set its clock: {os.strerror(failure.errno)}")
+            raise GuestError(f"the guest cannot set its clock: {strerror(failure.errno)}")
 
     @property
     def files(self) -> Files:

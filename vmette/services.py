@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING
 
 from .config import Command
 from .errors import ConfigError, GuestError, reason
+from .linux import strerror
 from .protocol import MAX_CONTROL, Exited, Failure, decode_error
 from .streams import Buffer, BytesSource, Discard, Limited, SocketSink, SocketSource
 
 if TYPE_CHECKING:
     from .guest import Ending, Guest
     from .proxy import AllowedHost
+    from .vmm.base import VsockDevice
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ PROXY_PORT = 3128
 """Where the guest finds the proxy, on its own loopback: the port that Squid made usual."""
 MAX_CONNECTIONS = 64
 """Open at once, of one published port or of the proxy. One more waits."""
-HOST_CID, ANY_CID = 2, 0xFFFFFFFF
+ANY_CID = 0xFFFFFFFF
 """vsock(7)."""
 MAX_LINE = 4096
 MAX_LOGGED = 10_000
@@ -159,11 +161,11 @@ def read_ca_certs(directory: Path) -> bytes:
 
 @contextmanager
 def running(
-    guest: Guest, services: Services, vsock_cid: int | None = None, deadline: float | None = None
+    guest: Guest, services: Services, vsock: VsockDevice | None = None, deadline: float | None = None
 ) -> Iterator[None]:
     """Gives `guest` its services, which are there for its first command, and takes them away at the end.
 
-    `vsock_cid` is that of its vsock device, if it has one.
+    `vsock` is its vsock device, if it has one.
 
     Raises:
         SandboxTimeout: `deadline`, a time of `time.monotonic`, passed before they were there.
@@ -187,10 +189,10 @@ def running(
         if services.vsock_port is not None:
             echo = Echo()
             stack.callback(echo.close)
-            if vsock_cid is None:
+            if vsock is None:
                 _listen(guest, f"vsock:{ANY_CID}:{services.vsock_port}", echo.start, deadline)
             else:
-                stack.enter_context(listening_on_host(guest, vsock_cid, services.vsock_port, echo.start))
+                stack.enter_context(listening_on_host(guest, vsock, services.vsock_port, echo.start))
         yield
 
 
@@ -211,7 +213,7 @@ def _listen(guest: Guest, address: str, serve: Callable[[socket.socket], None], 
     guest.listen(address, acceptor(guest, serve), state.append, lambda: state.append(None))
     guest.turn_until(lambda: bool(state), deadline)
     if isinstance(failure := state[0], Failure):
-        raise GuestError(f"the guest cannot listen at {address}: {os.strerror(failure.errno)}")
+        raise GuestError(f"the guest cannot listen at {address}: {strerror(failure.errno)}")
 
 
 class Echo:
@@ -271,30 +273,26 @@ class Echo:
 
 
 @contextmanager
-def listening_on_host(guest: Guest, cid: int, port: int, serve: Callable[[socket.socket], None]) -> Iterator[None]:
-    """Has `serve` called with each connection that the VM `cid` makes to a vsock port of this host."""
-    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener:
-        try:
-            listener.bind((HOST_CID, port))
-            listener.listen(128)
-        except OSError as error:
-            raise ConfigError(f"cannot listen at vsock port {port}: {reason(error)}") from error
-        listener.setblocking(False)
+def listening_on_host(
+    guest: Guest, vsock: VsockDevice, port: int, serve: Callable[[socket.socket], None]
+) -> Iterator[None]:
+    """Has `serve` called with each connection that the guest makes to a vsock port of this host."""
+    try:
+        listener = vsock.listen(port)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at vsock port {port}: {reason(error)}") from error
 
-        def accept() -> None:
-            with suppress(OSError):  # it has gone again
-                connection, (peer, _) = listener.accept()
-                if peer != cid:  # another VM of this host
-                    connection.close()
-                    return
-                connection.setblocking(True)
-                serve(connection)
+    def accept() -> None:
+        if (connection := listener.accept()) is not None:
+            serve(connection)
 
-        guest.watch(listener.fileno(), accept)
-        try:
-            yield
-        finally:
-            guest.unwatch(listener.fileno())
+    fd = listener.fileno()
+    guest.watch(fd, accept)
+    try:
+        yield
+    finally:
+        guest.unwatch(fd)
+        listener.close()
 
 
 def acceptor(guest: Guest, serve: Callable[[socket.socket], None]) -> Callable[[int, str], None]:

@@ -1,7 +1,7 @@
 """Sockets between the host and a guest that programs there reach by AF_VSOCK (`vsock(7)`).
 
-Where the machine has a vsock device (Linux hosts with /dev/vhost-vsock), these are AF_VSOCK sockets of the host. Where
-it has none, the guest's agent stands in: it listens and connects on the guest's own vsock loopback, and the bytes go
+Where the machine has a vsock device (Linux hosts with /dev/vhost-vsock, and Macs), these are sockets of that. Where it
+has none, the guest's agent stands in: it listens and connects on the guest's own vsock loopback, and the bytes go
 over the control channel. `vsock-send` and `vsock-runner` behave the same either way; so does what listens in the guest.
 """
 
@@ -23,6 +23,7 @@ from .streams import SocketSink, SocketSource
 if TYPE_CHECKING:
     from .guest import Ending, Guest
     from .sandbox import Session
+    from .vmm.base import VsockDevice
 
 LOOPBACK_CID = 1
 BACKLOG = 128
@@ -85,7 +86,7 @@ class Vsock:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._cid = session.vsock_cid
+        self._device = session.guest.vsock
 
     def listen(self, port: int) -> Listener:
         """Listens at `port` for the guest's programs, which connect to CID 2, the host.
@@ -96,7 +97,7 @@ class Vsock:
             SandboxClosed: the VM has ended.
         """
         check_vsock_port(port)
-        return self._listen_on_host(port, self._cid) if self._cid is not None else self._listen_in_guest(port)
+        return self._listen_in_guest(port) if self._device is None else self._listen_on_host(port, self._device)
 
     def connect(self, port: int, timeout: float = ANSWER_SECONDS) -> socket.socket:
         """A stream socket to what listens at `port` in the guest; the caller's to close.
@@ -108,16 +109,8 @@ class Vsock:
             SandboxClosed: the VM has ended.
         """
         check_vsock_port(port)
-        if self._cid is not None:
-            connection = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-            try:
-                connection.settimeout(timeout)
-                connection.connect((self._cid, port))
-                connection.settimeout(None)
-            except BaseException:
-                connection.close()
-                raise
-            return connection
+        if self._device is not None:
+            return self._device.connect(port, timeout)
         ours, theirs = socket.socketpair()
         result: queue.SimpleQueue[Ending | None] = queue.SimpleQueue()
 
@@ -187,7 +180,7 @@ class Vsock:
             raise ending if isinstance(ending, Exception) else GuestError(f"cannot listen at vsock port {port}")
         return listener
 
-    def _listen_on_host(self, port: int, cid: int) -> Listener:
+    def _listen_on_host(self, port: int, device: VsockDevice) -> Listener:
         session = self._session
         services = ExitStack()
 
@@ -198,7 +191,7 @@ class Vsock:
 
         def start(guest: Guest) -> None:
             guest.at_end(partial(listener.add, None))
-            services.enter_context(listening_on_host(guest, cid, port, listener.add))
+            services.enter_context(listening_on_host(guest, device, port, listener.add))
 
         try:
             session.call(start, lambda _guest, _none: services.close())

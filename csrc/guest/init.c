@@ -10,6 +10,7 @@
  *   vmette.net=HOW                    brings up the network card: see network.h
  *   vmette.pids=N                     the most processes and threads that all commands together may have
  *   vmette.nofile=N                   the most files that each process of a command may have open
+ *   vmette.rosetta=TYPE:TAG           a share with a program named rosetta, which runs programs for x86_64
  *   vmette.helpers                    vsock-send and vsock-runner, in /usr/local/bin of whatever root it is
  * DIR has %XX in place of what is no letter, digit, `/`, `.`, `_` or `-`.
  *
@@ -149,6 +150,7 @@ struct plan {
     char *net;
     unsigned long pids, nofile; /* 0: as it is by default */
     bool helpers;
+    struct share rosetta;
     struct share shares[MAX_SHARES];
     size_t share_count;
 };
@@ -227,6 +229,8 @@ static void read_plan(struct plan *plan) {
             plan->pids = parse_limit("vmette.pids", value);
         else if ((value = value_of(token, "vmette.nofile=")) != NULL)
             plan->nofile = parse_limit("vmette.nofile", value);
+        else if ((value = value_of(token, "vmette.rosetta=")) != NULL)
+            plan->rosetta = parse_share(value);
         else if (strcmp(token, "vmette.helpers") == 0)
             plan->helpers = true;
         else if ((value = value_of(token, "vmette.share=")) != NULL) {
@@ -393,7 +397,7 @@ static void install_helpers(void) {
 
 static void write_to(const char *path, const char *text) {
     int fd = open(path, O_WRONLY | O_CLOEXEC);
-    if (fd < 0 || write(fd, text, strlen(text)) < 0) fail("limits", "cannot write %s to %s", text, path);
+    if (fd < 0 || write(fd, text, strlen(text)) < 0) fail("system", "cannot write %s to %s", text, path);
     close(fd);
 }
 
@@ -420,6 +424,21 @@ static unsigned long usual_pids(uint64_t memory) {
 static uint64_t usual_memory(uint64_t free) {
     uint64_t least = 8 << 20, reserve = free / 16 > least ? free / 16 : least;
     return free > 2 * reserve ? free - reserve : free / 2;
+}
+
+/* Has the kernel run programs for x86_64 by Apple's Rosetta: ELF files with that machine's number. The kernel opens it
+ * here and now (F), so that no command has to find it, and gives it the program open (O) and with its credentials (C). */
+static void register_rosetta(struct share *rosetta) {
+    static const char rule[] =
+        ":rosetta:M::\\x7fELF\\x02\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\x3e\\x00:"
+        "\\xff\\xff\\xff\\xff\\xff\\xfe\\xfe\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:"
+        "/rosetta/rosetta:OCF";
+    make_dir("/rosetta", 0755);
+    make_dir("/binfmt", 0755);
+    rosetta->read_only = true;
+    mount_share(rosetta, "/rosetta");
+    must_mount("binfmt_misc", "/binfmt", "binfmt_misc", safe, NULL);
+    write_to("/binfmt/register", rule);
 }
 
 /* The cgroup for commands: the agent makes one for each in it. As the agent stays outside, it gets as much of the
@@ -483,6 +502,7 @@ int main(void) {
     static struct plan plan;
     read_plan(&plan);
     if (plan.helpers) open_helpers();
+    if (plan.rosetta.tag != NULL) register_rosetta(&plan.rosetta);
     mount_root(&plan);
     reached("root");
     enter_root();

@@ -11,21 +11,33 @@ from pathlib import Path
 
 BASE = "builtin://base"
 
+VMM, PROGRAM = ("vmette-vz", "vmette-vz") if os.environ.get("VMETTE_VMM") == "vz" else ("QEMU", "qemu-system-")
+"""What the VMM is called in messages, and how its process's name begins."""
+
 Cli = Callable[..., "subprocess.CompletedProcess[bytes]"]
 """Runs `vmette ARGS…` (see conftest.py)."""
 
 
 def vmm_processes() -> dict[int, str]:
-    """The QEMU and virtiofsd processes of this machine: pid and command line."""
+    """The processes of this machine that run VMs or serve them: pid and command line."""
     found = {}
     for entry in Path("/proc").iterdir():
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if entry.name.isdigit() and Path(os.fsdecode(words[0])).name.startswith(("qemu-system-", "virtiofsd")):
+        if entry.name.isdigit() and _name(words).startswith(("qemu-system-", "virtiofsd", "vmette-vz")):
             found[int(entry.name)] = os.fsdecode(b" ".join(words))
     return found
+
+
+def _name(words: list[bytes]) -> str:
+    return Path(os.fsdecode(words[0])).name
+
+
+def vmms() -> set[int]:
+    """Those of them that vmette has started to run a VM each."""
+    return {pid for pid, words in vmm_processes().items() if Path(words.split(" ")[0]).name.startswith(PROGRAM)}
 
 
 def children() -> set[str]:

@@ -108,6 +108,7 @@ def test_a_full_disk_for_temporary_files_is_not_used(cli: Cli, full_disk: Path, 
     assert [path.name for path in full_disk.iterdir()] == ["filler"]
 
 
+@pytest.mark.only_qemu
 def test_doctor_and_providers(cli: Cli, tmp_path: Path) -> None:
     done = cli("doctor")
     assert done.returncode == 0
@@ -131,6 +132,7 @@ def test_doctor_and_providers(cli: Cli, tmp_path: Path) -> None:
         assert b"_VMETTE_COMPLETE" in cli("completion", shell).stdout
 
 
+@pytest.mark.only_qemu
 def test_no_qemu_is_told_with_what_to_do(cli: Cli) -> None:
     done = cli("run", BASE, "--", "true", env={**os.environ, "PATH": "/nowhere"})
     assert done.returncode == 125

@@ -143,6 +143,7 @@ def test_what_is_discarded_is_given_back(tmp_path: Path) -> None:
     assert path.stat().st_blocks * 512 < before - 30_000_000
 
 
+@pytest.mark.only_qemu
 def test_one_disk_is_not_written_by_two_machines(tmp_path: Path) -> None:
     path = image(tmp_path / "disk", b"")
     with vmette.Sandbox(BASE, disks=[Disk(path)]) as sandbox:
@@ -241,6 +242,7 @@ def no_passt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passt, "find", lambda: None)
 
 
+@pytest.mark.only_qemu
 def test_the_network_of_qemu(no_passt: None, greeter: int) -> None:
     script = f"""
         cat /etc/resolv.conf; ip -4 -o addr show eth0 | grep -o '10[^ ]*' | head -n 1; ip route | head -n 1
@@ -302,6 +304,7 @@ def test_a_passt_that_does_not_work_is_not_used(tmp_path: Path, monkeypatch: pyt
     assert [path.name.rpartition("-")[0] for path in (tmp_path / "cache/probes").iterdir()] == ["passt-works"]
 
 
+@pytest.mark.only_qemu
 def test_passt_is_used_and_the_hosts_loopback_is_out_of_reach(greeter: int) -> None:
     if find_program("passt") is None:
         pytest.skip("passt is not installed")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import vmette
-from tests.vm.support import BASE, children, command, vmm_processes, wait_until
+from tests.vm.support import BASE, VMM, children, command, vmm_processes, vmms, wait_until
 from vmette.vmm import qemu, virtiofsd
 
 BOOTS = 200
@@ -70,14 +70,14 @@ def test_a_run_that_is_ended_while_it_starts(tmp_path: Path, number: int, delay:
 
 def test_a_vmm_that_is_killed_is_told(tmp_path: Path) -> None:
     with running(tmp_path) as process:
-        for pid, words in vmm_processes().items():
-            if "qemu-system-" in words:
-                os.kill(pid, signal.SIGKILL)
+        for pid in vmms():
+            os.kill(pid, signal.SIGKILL)
         assert process.wait(30) == 125
         assert process.stderr is not None
-        assert process.stderr.read() == b"vmette: QEMU was killed by signal 9\n"
+        assert process.stderr.read() == f"vmette: {VMM} was killed by signal 9\n".encode()
 
 
+@pytest.mark.only_qemu
 def test_a_file_server_that_is_killed_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = virtiofsd.find()
     monkeypatch.setattr(qemu, "file_server", lambda accel: server)

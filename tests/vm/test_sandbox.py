@@ -18,7 +18,7 @@ from subprocess import DEVNULL, PIPE, STDOUT
 import pytest
 
 import vmette
-from tests.vm.support import BASE, vmm_processes, wait_until
+from tests.vm.support import BASE, VMM, vmm_processes, vmms, wait_until
 
 
 @pytest.fixture
@@ -271,9 +271,9 @@ def test_a_guest_that_powers_off_is_told(sandbox: vmette.Sandbox) -> None:
 
 def test_a_vmm_that_is_killed_is_told(sandbox: vmette.Sandbox) -> None:
     process = sandbox.popen(["sleep", "1000"], stdout=DEVNULL, stderr=DEVNULL)
-    for pid in vmm_processes():
+    for pid in vmms():
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(vmette.VmmError, match="QEMU was killed by signal 9"):
+    with pytest.raises(vmette.VmmError, match=f"{VMM} was killed by signal 9"):
         process.wait()
 
 

@@ -33,10 +33,14 @@ class Finding:
 def command() -> int:
     """Check what this computer has for vmette: QEMU, acceleration, shares, networks, the guest payload, the cache.
 
+    On a Mac: macOS and the processor, the program that runs machines and its entitlement, Rosetta, payload and cache.
+
     Exits with 1 if there is a problem.
     """
+    from .. import vmm
+
     failed = False
-    for check in CHECKS:
+    for check in (*(MACOS if vmm.name() == "vz" else LINUX), *EVERYWHERE):
         for finding in _findings(check):
             failed |= finding.state == "problem"
             click.echo(f"{finding.subject:<12} {finding.state:<8} {finding.text}")
@@ -117,10 +121,52 @@ def _network() -> Iterator[Finding]:
 
 
 def _vsock() -> Iterator[Finding]:
-    from ..vmm import qemu
+    from ..vmm import vhost_vsock
 
-    device = qemu.new_vsock_cid() is not None
-    yield Finding("vsock", "ok", str(qemu.VHOST_VSOCK) if device else "through the guest's agent")
+    yield Finding("vsock", "ok", str(vhost_vsock.DEVICE) if vhost_vsock.available() else "through the guest's agent")
+
+
+# --- macOS
+
+
+def _macos() -> Iterator[Finding]:
+    from ..vmm import vz
+
+    if problem := vz.host_problem():
+        what, _, advice = problem.partition(": ")
+        yield Finding("macos", "problem", what, advice)
+    else:
+        import platform
+
+        yield Finding("macos", "ok", f"{platform.mac_ver()[0] or platform.system()} on {os.uname().machine}")
+
+
+def _vmette_vz() -> Iterator[Finding]:
+    from ..vmm import vz
+
+    if vz.host_problem():
+        return
+    original = assets.vz_program()
+    if vz.quarantined(original):
+        yield Finding("quarantine", "slow", f"{original} is quarantined", "a copy without that is used")
+    found = vz.program()
+    signed_here = found.path != original
+    yield Finding("vmette-vz", "ok", f"{found.path}{' (signed on this computer)' if signed_here else ''}")
+    cpus, memory = found.cpus, [amount >> 20 for amount in found.memory]
+    yield Finding("machines", "ok", f"{cpus[0]} to {cpus[1]} vcpus, {memory[0]:,} to {memory[1]:,} MiB of memory")
+    if found.save_restore:
+        yield Finding("snapshots", "ok", "machines can be saved and restored")
+    else:
+        yield Finding("snapshots", "slow", "machines cannot be saved", "macOS 14 and later can")
+    if found.rosetta == "installed":
+        yield Finding("rosetta", "ok", "runs amd64 images: --platform linux/amd64")
+    elif found.rosetta == "not-installed":
+        yield Finding("rosetta", "slow", "not installed", "for amd64 images: softwareupdate --install-rosetta")
+    else:
+        yield Finding("rosetta", "slow", "not supported", "amd64 images do not run here")
+
+
+# --- everywhere
 
 
 def _payload() -> Iterator[Finding]:
@@ -161,4 +207,6 @@ def _cache() -> Iterator[Finding]:
         yield Finding("cache", "ok", text)
 
 
-CHECKS = (_qemu, _accelerator, _shares, _network, _vsock, _payload, _cache)
+LINUX = (_qemu, _accelerator, _shares, _network, _vsock)
+MACOS = (_macos, _vmette_vz)
+EVERYWHERE = (_payload, _cache)

@@ -14,6 +14,7 @@ import click
 from ..detached.client import Exec, check_timeout
 from ..detached.machines import open_machine
 from ..errors import ConfigError, SandboxTimeout, TimeoutExpired, VmetteError
+from ..polling import new_poll
 from .run import parse_environment
 
 T = TypeVar("T")
@@ -114,6 +115,6 @@ def _patiently(function: Callable[[], T], fd: int, events: int) -> T:
         try:
             return function()
         except BlockingIOError:
-            poll = select.poll()
+            poll = new_poll()
             poll.register(fd, events)
             poll.poll()

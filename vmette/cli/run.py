@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 
 platform_option = click.option(
-    "--platform", metavar="OS/ARCH", help="The image's platform.  [default: linux on --arch]"
+    "--platform",
+    metavar="OS/ARCH",
+    help="The image's platform, such as linux/arm64.  [default: linux on this computer's architecture]",
 )
 form_option = click.option(
     "--rootfs-form", type=click.Choice(FORMS), default="block", show_default=True, help="What layers are made into."
@@ -136,7 +138,7 @@ form_option = click.option(
 @click.option("--kernel", type=click.Path(path_type=Path), help="Boot another kernel.")
 @click.option("--initramfs", type=click.Path(path_type=Path), help="Boot another initramfs.")
 @click.option("--cmdline", default="", metavar="TEXT", help="More kernel parameters.")
-@click.option("--arch", help="The guest's architecture: x86_64 or aarch64.  [default: the host's]")
+@click.option("--arch", help="The guest's architecture: x86_64 or aarch64.  [default: of --platform, or the host's]")
 @click.option("--accel", type=click.Choice(ACCELERATORS), default="auto", show_default=True, help="Acceleration.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 @click.option("--debug", is_flag=True, help="Show the guest's console and what vmette does, on stderr.")

@@ -78,7 +78,7 @@ class Reservation:
         check_timeout(timeout)
         ours, theirs = socket.socketpair()
         # Not the current directory, of which `-m` would import what happens to lie there.
-        here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             supervisor = subprocess.Popen(
                 [sys.executable, "-m", "vmette.detached", self.state.name],

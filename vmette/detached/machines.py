@@ -17,6 +17,7 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -170,7 +171,18 @@ class Entry:
 
 
 def socket_path(directory: int) -> str:
-    """The socket in the open `directory`, by a path that is short: 108 bytes are all that an address has (unix(7))."""
+    """The socket in the open `directory`, by a path that is short: 108 bytes are all that an address has (unix(7)).
+
+    Raises:
+        VmetteError: on macOS, where there is none that is shorter than the real one and an address has 104.
+    """
+    if sys.platform == "darwin":
+        # fcntl(2): F_GETPATH wants MAXPATHLEN bytes
+        real = fcntl.fcntl(directory, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")
+        path = os.fsdecode(os.path.join(real, SOCKET.encode()))  # noqa: PTH118
+        if len(os.fsencode(path)) > 103:
+            raise VmetteError(f"{path} is too long for a socket: set VMETTE_STATE_DIR to a shorter one")
+        return path
     return f"/proc/self/fd/{directory}/{SOCKET}"
 
 

@@ -17,14 +17,21 @@ Text is as :func:`os.fsdecode` has it.
 from __future__ import annotations
 
 import array
+import errno
 import json
 import socket
+import struct
+import sys
 from collections.abc import Sequence
 
+from .. import descriptors
 from ..errors import ConfigError, VmetteError
 from ..protocol import MAX_EXEC
 
 Message = dict[str, object]
+
+XUCRED_BYTES = 76
+"""Version, user, number of groups, and 16 of them."""
 
 MAX_LINE = 2 * MAX_EXEC
 """Bytes of one line: what the guest would take of a command, with JSON's quotes and escapes."""
@@ -51,8 +58,8 @@ def decode(line: bytes) -> Message:
     return message
 
 
-def send(connection: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
-    """Sends a message, and `descriptors` with it.
+def send(connection: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
+    """Sends a message, and the descriptors `fds` with it.
 
     Raises:
         ConfigError: it is too long.
@@ -61,7 +68,7 @@ def send(connection: socket.socket, message: Message, descriptors: Sequence[int]
     line = encode(message)
     if len(line) > MAX_LINE:
         raise ConfigError("the command's arguments and environment are larger than 2 MiB")
-    sent = socket.send_fds(connection, [line], descriptors) if descriptors else 0
+    sent = socket.send_fds(connection, [line], fds) if fds else 0
     connection.sendall(memoryview(line)[sent:])
 
 
@@ -71,18 +78,16 @@ def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
     Raises:
         OSError: nothing has come, or the other side has gone.
     """
-    # Not socket.recv_fds, which forgets the flags.
-    space = socket.CMSG_SPACE(STREAMS * array.array("i").itemsize)
-    data, ancillary, _, _ = connection.recvmsg(65536, space, socket.MSG_CMSG_CLOEXEC)
-    descriptors = array.array("i")
-    for level, kind, value in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            descriptors.frombytes(value[: len(value) - len(value) % descriptors.itemsize])
-    return data, list(descriptors)
+    return descriptors.receive(connection, 65536, STREAMS)
 
 
 def peer_uid(connection: socket.socket) -> int:
     """The user at the other end (SO_PEERCRED, unix(7))."""
+    if sys.platform == "darwin":  # LOCAL_PEERCRED of level SOL_LOCAL, unix(4): struct xucred of <sys/ucred.h>
+        version, uid = struct.unpack("II", connection.getsockopt(0, 1, XUCRED_BYTES)[:8])
+        if version != 0:
+            raise OSError(errno.EPROTO, "the system speaks of its users in another version")
+        return int(uid)
     credentials = array.array("i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return credentials[1] & 0xFFFFFFFF
 

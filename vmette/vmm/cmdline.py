@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..config import CMDLINE_BYTES, ROOT_TAG, MachineConfig, Share
+from ..config import CMDLINE_BYTES, ROOT_TAG, ROSETTA_TAG, MachineConfig, Share
 from ..errors import ConfigError
 from ..providers.base import BlockImage
 
@@ -56,6 +56,8 @@ def kernel_cmdline(
         tokens.append(f"vmette.pids={config.pids}")
     if config.nofile is not None:
         tokens.append(f"vmette.nofile={config.nofile}")
+    if config.rosetta:
+        tokens.append(f"vmette.rosetta=virtiofs:{ROSETTA_TAG}")
     if config.guest_helpers:
         tokens.append("vmette.helpers")
     if network:

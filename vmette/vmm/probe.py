@@ -8,9 +8,12 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from .. import assets
 from ..files import write_atomically
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,11 @@ def identity(path: Path) -> str:
 
 def remembered(question: str, facts: Mapping[str, str], ask: Callable[[], bool]) -> bool:
     """The answer of `ask`, which is called once for each `question` and the `facts` that it depends on."""
+    return recalled(question, facts, ask, bool)
+
+
+def recalled(question: str, facts: Mapping[str, str], ask: Callable[[], T], kind: type[T]) -> T:
+    """As :func:`remembered`, of an answer that is of the type `kind` and fit for JSON."""
     facts = dict(facts)
     # The file's name only has to differ as a rule: the facts in it are compared. (This runs at every start of a VM, and
     # hashlib would bring in OpenSSL.)
@@ -30,8 +38,9 @@ def remembered(question: str, facts: Mapping[str, str], ask: Callable[[], bool])
     path = assets.cache_root() / "probes" / f"{question}-{key:08x}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(path.read_text())
-        if known["facts"] == facts and isinstance(known["answer"], bool):
-            return bool(known["answer"])
+        answer = known["answer"]
+        if known["facts"] == facts and isinstance(answer, kind):
+            return answer
     answer = ask()
     try:
         write_atomically(path, json.dumps({"answer": answer, "facts": facts}, indent=1).encode())

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import assets
-from ..config import FIRST_CID, LAST_CID, ROOT_TAG, MachineConfig, Share
-from ..errors import ConfigError, ProtocolError, VmmError, reason
-from ..protocol import Connection
+from ..config import ROOT_TAG, MachineConfig, Share
+from ..errors import ConfigError, ProtocolError, VmmError
 from ..providers.base import BlockImage, Directory
 from . import probe
+from .base import VirtualMachine
 from .cmdline import kernel_cmdline
 from .spawn import Child, find_program, spawn
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KVM = Path("/dev/kvm")
-VHOST_VSOCK = Path("/dev/vhost-vsock")
 PROBE_SECONDS = 5.0
 PASST_DNS = "169.254.53.53"
 """Where the guest asks for names: passt hands that to the host's resolver, which may listen on the host's loopback
@@ -111,6 +110,8 @@ def kvm_problem(arch: str) -> str | None:
 
 def kvm_boots(config: MachineConfig) -> bool:
     """Boots the kernel under KVM without a root: a guest that gets to say that it lacks one is a good sign."""
+    from ..protocol import Connection  # a start that asks nothing loads it while the guest boots
+
     bare = MachineConfig(None, kernel=config.kernel, initramfs=config.initramfs, arch=config.arch)
     try:
         with QemuMachine(bare, "kvm") as machine:
@@ -138,52 +139,6 @@ def file_server(accel: str) -> virtiofsd.Virtiofsd | None:
     return virtiofsd.find()
 
 
-def open_vsock() -> int:
-    """The host's side of a vsock device, which has to be opened for each VM.
-
-    Raises:
-        VmmError: this host has none, or not for this user.
-    """
-    try:
-        return os.open(VHOST_VSOCK, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise VmmError(f"{VHOST_VSOCK} does not exist; is the kernel module vhost_vsock loaded?") from None
-    except OSError as error:
-        raise VmmError(f"{VHOST_VSOCK} cannot be opened: {reason(error)}") from error
-
-
-def new_vsock_cid() -> int | None:
-    """A context id for a VM's vsock device, most likely free; None where this host has no such devices to give."""
-    import random
-
-    try:
-        os.close(open_vsock())
-    except VmmError as error:
-        logger.debug("vsock goes through the guest's agent: %s", error)
-        return None
-    return random.SystemRandom().randint(FIRST_CID, LAST_CID)
-
-
-def make_scratch(mib: int) -> int:
-    """An ext4 file system of that size in a sparse file without a name, which is gone when the last user of it is.
-
-    Raises:
-        VmmError: it cannot be made in the cache directory.
-    """
-    import tempfile
-
-    from ..images.ext4 import format_ext4
-
-    directory = assets.cache_root() / "scratch"
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-            format_ext4(file.fileno(), mib << 20)
-            return os.dup(file.fileno())
-    except OSError as error:
-        raise VmmError(f"cannot make a scratch disk of {mib} MiB in {directory}: {reason(error)}") from error
-
-
 @dataclass(frozen=True)
 class Attached:
     """What a VM gets as open descriptors: their numbers in QEMU."""
@@ -191,16 +146,19 @@ class Attached:
     scratch: int | None = None
     passt: int | None = None
     """None if the network is to be QEMU's own."""
-    vsock: int | None = None
+    vsock: tuple[int, int] | None = None
+    """The context id, and the device's descriptor."""
 
 
-class QemuMachine:
-    """A running VM: its control port, its console, QEMU's own complaints, and an end.
+class QemuMachine(VirtualMachine):
+    """A VM that QEMU runs.
 
     Raises:
         VmmError: QEMU or a virtiofsd does not start.
         ConfigError: the kernel command line is too long.
     """
+
+    vmm = "QEMU"
 
     def __init__(self, config: MachineConfig, accel: str) -> None:
         self.config = config
@@ -229,14 +187,8 @@ class QemuMachine:
                 daemon.connection.close()
             undo.pop_all()
 
-    def __enter__(self) -> QemuMachine:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Ends the VM, now, and lets go of all that belongs to it."""
+        """See :meth:`VirtualMachine.close`."""
         self.child.kill()
         self._end_daemons()
         self.control.close()
@@ -266,21 +218,33 @@ class QemuMachine:
 
         scratch = network = vsock = None
         if self.config.scratch_mib is not None:
-            scratch = own(make_scratch(self.config.scratch_mib))
+            from .scratch import unnamed
+
+            scratch = own(unnamed(self.config.scratch_mib))
         if self.config.network:
             from . import passt
 
             if (program := passt.find()) is not None:
                 self._passt, connection = passt.start(program, PASST_DNS)
                 network = self._pass_on(theirs.enter_context(connection).fileno())
-        if self.config.vsock_cid is not None:
-            vsock = own(open_vsock())
+        if self.config.vsock:
+            from . import vhost_vsock
+
+            if vhost_vsock.available():
+                cid = vhost_vsock.new_cid()
+                self.vsock = vhost_vsock.VhostVsock(cid)
+                vsock = cid, own(vhost_vsock.open_device())
         return Attached(scratch, network, vsock)
 
     @property
     def ends(self) -> list[int]:
-        """Descriptors that become readable when a program ends that the VM cannot do without."""
+        """See :attr:`VirtualMachine.ends`."""
         return [daemon.ended for daemon in self._daemons]
+
+    def complaint(self, said: Sequence[str]) -> str:
+        """QEMU's last message, which may have several lines."""
+        last = max((at for at, line in enumerate(said) if line.startswith("qemu")), default=len(said))
+        return " ".join(said[last:])
 
     def _serve(self, path: Path, tag: str, read_only: bool, errors: int) -> tuple[str, list[str]]:
         """See `Serve`. What is read-only is so on this side of the device."""
@@ -346,7 +310,8 @@ def command_line(config: MachineConfig, accel: str, serve: Serve, attached: Atta
         backend = "user,ipv6=off" if attached.passt is None else f"socket,fd={attached.passt}"
         argv += ["-netdev", f"{backend},id=net", "-device", "virtio-net-device,netdev=net"]
     if attached.vsock is not None:
-        argv += ["-device", f"vhost-vsock-device,guest-cid={config.vsock_cid},vhostfd={attached.vsock}"]
+        cid, fd = attached.vsock
+        argv += ["-device", f"vhost-vsock-device,guest-cid={cid},vhostfd={fd}"]
     shares: list[tuple[Share, str]] = []
     for share in config.shares:
         kind, arguments = serve(share.path, share.tag, share.read_only)
