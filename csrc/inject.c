@@ -21,6 +21,7 @@
 #else
 #include <copyfile.h>
 #include <sys/clonefile.h>
+#include <sys/random.h>
 #define MTIME(st) ((st).st_mtimespec)
 #endif
 
