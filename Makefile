@@ -17,7 +17,8 @@ AARCH64_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross mmdebstrap qemu-
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: run test lint docs payload payload-aarch64 test-aarch64 system clean
+.PHONY: run test lint docs payload payload-aarch64 test-aarch64 test-vz test-macos wheel-macos wheel-linux \
+        wheel-linux-aarch64 system clean
 
 run: payload
 	$(BIN)/vmette run builtin://base -- uname -a
@@ -50,6 +51,23 @@ payload-aarch64: .venv/native
 test-aarch64: payload payload-aarch64 .venv/test
 	$(BIN)/pytest --arch aarch64 tests/vm/test_aarch64.py
 
+# The tests that boot VMs once more, with what runs them on a Mac over a stand-in for Apple's framework.
+test-vz: payload .venv/test
+	@tools/system-packages.sh $(TEST_PACKAGES)
+	$(BIN)/pytest --backend vz $(or $(ARGS),tests/vm)
+
+# What the wheel for Macs carries, run in an emulated machine like a Mac's.
+test-macos: payload wheel-macos .venv/test
+	$(BIN)/pytest --arch aarch64 tests/vm/test_aarch64.py tests/vm/test_wheel_aarch64.py
+
+# Wheels, in dist/: for Macs, and for Linux. All are cross-compiled here.
+wheel-macos wheel-linux-aarch64: .venv/native
+	@tools/system-packages.sh $(PACKAGES) $(AARCH64_PACKAGES)
+	$(BIN)/python -m tools.wheel $(if $(filter wheel-macos,$@),macos,linux aarch64)
+
+wheel-linux: .venv/native
+	$(BIN)/python -m tools.wheel linux x86_64
+
 system:
 	@tools/system-packages.sh $(PACKAGES)
 
@@ -72,4 +90,4 @@ system:
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info vmette/_native*.so vmette/_payload
+	rm -rf .venv build dist *.egg-info vmette/_native*.so vmette/_payload

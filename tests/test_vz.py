@@ -94,8 +94,10 @@ def test_one_that_does_not_run(ours: Path, body: str) -> None:
 
 def test_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("VMETTE_VZ", raising=False)
-    monkeypatch.setenv("VMETTE_ASSETS_DIR", str(tmp_path))
-    with pytest.raises(PayloadError, match="macos/vmette-vz is missing: run `make wheel-macos`"):
+    monkeypatch.setattr(assets, "PAYLOAD", tmp_path)
+    with pytest.raises(
+        PayloadError, match="macos/vmette-vz is missing: install vmette's wheel for macOS, or set VMETTE"
+    ):
         vz.program()
 
 

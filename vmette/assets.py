@@ -11,6 +11,9 @@ from .errors import ConfigError, PayloadError
 ARCHITECTURES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 """What `uname -m` and people say, and our name for it."""
 
+PAYLOAD = Path(__file__).parent / "_payload"
+"""What came with vmette. $VMETTE_ASSETS_DIR goes first, for what runs in the guest."""
+
 KERNELS = {"x86_64": "vmlinux", "aarch64": "Image"}
 
 
@@ -86,16 +89,17 @@ def _users(variable: str, xdg: str, apple: str) -> Path | None:
 
 def _payload(arch: str, name: str) -> Path:
     root = os.environ.get("VMETTE_ASSETS_DIR")
-    path = (Path(root) if root else Path(__file__).parent / "_payload") / arch / name
+    path = (Path(root) if root else PAYLOAD) / arch / name
     try:
         there = path.is_file()
     except OSError as error:  # before Python 3.14: a directory on the way is not ours to search
         raise PayloadError(f"cannot read {path}: {error.strerror}") from error
     if not there:
-        make = "wheel-macos" if arch == "macos" else "payload" if arch == host_arch() else f"payload-{arch}"
-        raise PayloadError(
-            f"{path} is missing: run `make {make}` in a checkout, or set VMETTE_ASSETS_DIR to a directory that has it"
-        )
+        if sys.platform == "darwin":  # where no kernel can be built
+            how = "install vmette's wheel for macOS"
+        else:
+            how = f"run `make payload{'' if arch == host_arch() else f'-{arch}'}` in a checkout"
+        raise PayloadError(f"{path} is missing: {how}, or set VMETTE_ASSETS_DIR to a directory that has it")
     return path
 
 
@@ -134,4 +138,7 @@ def vz_program() -> Path:
     """
     if explicit := os.environ.get("VMETTE_VZ"):
         return Path(explicit)
-    return _payload("macos", "vmette-vz")
+    path = PAYLOAD / "macos" / "vmette-vz"
+    if not path.is_file():
+        raise PayloadError(f"{path} is missing: install vmette's wheel for macOS, or set VMETTE_VZ to the program")
+    return path

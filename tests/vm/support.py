@@ -11,11 +11,13 @@ from pathlib import Path
 
 BASE = "builtin://base"
 
-VMM, PROGRAM = ("vmette-vz", "vmette-vz") if os.environ.get("VMETTE_VMM") == "vz" else ("QEMU", "qemu-system-")
-"""What the VMM is called in messages, and how its process's name begins."""
-
 Cli = Callable[..., "subprocess.CompletedProcess[bytes]"]
 """Runs `vmette ARGS…` (see conftest.py)."""
+
+
+def vmm_name() -> str:
+    """What messages call that which runs VMs."""
+    return "vmette-vz" if os.environ.get("VMETTE_VMM") == "vz" else "QEMU"
 
 
 def vmm_processes() -> dict[int, str]:
@@ -37,7 +39,8 @@ def _name(words: list[bytes]) -> str:
 
 def vmms() -> set[int]:
     """Those of them that vmette has started to run a VM each."""
-    return {pid for pid, words in vmm_processes().items() if Path(words.split(" ")[0]).name.startswith(PROGRAM)}
+    program = "vmette-vz" if vmm_name() == "vmette-vz" else "qemu-system-"
+    return {pid for pid, words in vmm_processes().items() if Path(words.split(" ")[0]).name.startswith(program)}
 
 
 def children() -> set[str]:

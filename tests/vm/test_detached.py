@@ -16,7 +16,7 @@ import pytest
 
 from tests.images.layout import Layout, member, tar
 from tests.terminals import Terminal
-from tests.vm.support import BASE, VMM, Cli, command, vmm_processes, wait_until
+from tests.vm.support import BASE, Cli, command, vmm_name, vmm_processes, wait_until
 
 # pexpect forks, and Python 3.12 warns of that where there are threads.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
@@ -245,9 +245,9 @@ def test_a_vm_that_is_killed_is_an_end(cli: Cli) -> None:
     assert running.communicate()[1] == b"vmette: the machine has ended\n"
     assert running.returncode == 125
     done = cli("logs", "-f", "crash")
-    assert done.stderr == f"vmette: {VMM} was killed by signal 9\n".encode()
+    assert done.stderr == f"vmette: {vmm_name()} was killed by signal 9\n".encode()
     machine = machines("-a")["crash"]
-    assert (machine["exit_code"], machine["error"]) == (125, f"{VMM} was killed by signal 9")
+    assert (machine["exit_code"], machine["error"]) == (125, f"{vmm_name()} was killed by signal 9")
     ok(cli("rm", "crash"))
 
 

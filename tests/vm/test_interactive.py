@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.terminals import Terminal
-from tests.vm.support import BASE, VMM, Cli, command, vmm_processes, vmms, wait_until
+from tests.vm.support import BASE, Cli, command, vmm_name, vmm_processes, vmms, wait_until
 
 PROMPT = "/ # "
 UP, LEFT, BACKSPACE, ESCAPE = "\x1b[A", "\x1b[D", "\x7f", "\x1b"
@@ -212,7 +212,7 @@ def test_the_vmm_is_killed() -> None:
         children = Path(f"/proc/{terminal.pid}/task/{terminal.pid}/children").read_text().split()
         for pid in vmms() & set(map(int, children)):
             os.kill(pid, signal.SIGKILL)
-        terminal.until(f"vmette: {VMM} was killed by signal 9\r\n")
+        terminal.until(f"vmette: {vmm_name()} was killed by signal 9\r\n")
         assert terminal.ended() == 125
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import vmette
-from tests.vm.support import BASE, VMM, children, command, vmm_processes, vmms, wait_until
+from tests.vm.support import BASE, children, command, vmm_name, vmm_processes, vmms, wait_until
 from vmette.vmm import qemu, virtiofsd
 
 BOOTS = 200
@@ -74,7 +74,7 @@ def test_a_vmm_that_is_killed_is_told(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
         assert process.wait(30) == 125
         assert process.stderr is not None
-        assert process.stderr.read() == f"vmette: {VMM} was killed by signal 9\n".encode()
+        assert process.stderr.read() == f"vmette: {vmm_name()} was killed by signal 9\n".encode()
 
 
 @pytest.mark.only_qemu

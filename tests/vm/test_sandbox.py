@@ -18,7 +18,7 @@ from subprocess import DEVNULL, PIPE, STDOUT
 import pytest
 
 import vmette
-from tests.vm.support import BASE, VMM, vmm_processes, vmms, wait_until
+from tests.vm.support import BASE, vmm_name, vmm_processes, vmms, wait_until
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_a_vmm_that_is_killed_is_told(sandbox: vmette.Sandbox) -> None:
     process = sandbox.popen(["sleep", "1000"], stdout=DEVNULL, stderr=DEVNULL)
     for pid in vmms():
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(vmette.VmmError, match=f"{VMM} was killed by signal 9"):
+    with pytest.raises(vmette.VmmError, match=f"{vmm_name()} was killed by signal 9"):
         process.wait()
 
 
