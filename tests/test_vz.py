@@ -348,8 +348,14 @@ class Peer:
         self.connection = connection
 
     def heard(self) -> tuple[int, int, bytes]:
-        kind, number, size = HEADER.unpack(self.connection.recv(HEADER.size, socket.MSG_WAITALL))
-        return kind, number, self.connection.recv(size, socket.MSG_WAITALL) if size else b""
+        kind, number, size = HEADER.unpack(self._read(HEADER.size))
+        return kind, number, self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            data += self.connection.recv(size - len(data))
+        return data
 
     def say(self, kind: int, number: int = 0, payload: bytes = b"", fd: int | None = None) -> None:
         frame = HEADER.pack(kind, number, len(payload)) + payload
@@ -360,6 +366,7 @@ class Peer:
 @contextmanager
 def linked() -> Iterator[tuple[Link, Peer, list[FrameworkError | None]]]:
     ours, theirs = socket.socketpair()
+    theirs.settimeout(30)
     ends: list[FrameworkError | None] = []
     link = Link(ours, ends.append)
     with theirs:

@@ -136,9 +136,7 @@ def vz_program() -> Path:
     Raises:
         PayloadError: it is missing.
     """
-    if explicit := os.environ.get("VMETTE_VZ"):
-        return Path(explicit)
-    path = PAYLOAD / "macos" / "vmette-vz"
+    path = Path(os.environ.get("VMETTE_VZ") or PAYLOAD / "macos" / "vmette-vz")
     if not path.is_file():
         raise PayloadError(f"{path} is missing: install vmette's wheel for macOS, or set VMETTE_VZ to the program")
     return path

@@ -70,7 +70,6 @@ static bool vz_fail(struct vz_error *error, int64_t code, const char *text) {
 
 void vz_capabilities(struct vz_capabilities *c) {
     struct sysinfo info;
-    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
     memset(c, 0, sizeof *c);
     c->supported = !fault("unsupported");
     c->entitled = !fault("unentitled");
@@ -78,7 +77,7 @@ void vz_capabilities(struct vz_capabilities *c) {
     c->rosetta = VZ_ROSETTA_NOT_SUPPORTED;
     c->macos[0] = 14;
     c->min_cpus = 1;
-    c->max_cpus = cpus > 16 ? 16 : (uint32_t)cpus;
+    c->max_cpus = 16; /* which share what this computer has */
     c->min_memory = 4 << 20;
     c->max_memory = sysinfo(&info) == 0 ? (uint64_t)info.totalram * info.mem_unit : 1ULL << 30;
 }
@@ -220,9 +219,9 @@ static void compose(struct vz_machine *m, const struct vz_config *config) {
     add(m, "%u", config->cpus);
     static const char *const usual[] = {"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-sandbox",
                                         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-                                        "-global", "virtio-mmio.force-legacy=false", "-device",
-                                        "virtio-serial-device,max_ports=31"};
+                                        "-global", "virtio-mmio.force-legacy=false", "-device"};
     for (size_t i = 0; i < sizeof usual / sizeof *usual; i++) add(m, "%s", usual[i]);
+    add(m, "virtio-serial-device,max_ports=%zu", config->port_count + 2); /* each takes memory of the guest's */
     if (config->console >= 0) {
         add_socket(m, "console", config->console);
         add(m, "-device");

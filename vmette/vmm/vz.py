@@ -365,6 +365,7 @@ class VzMachine(VirtualMachine):
     def _started(self, answer: Answer) -> None:
         if isinstance(answer.error, FrameworkError):
             self._problem = answer.error
+            self._link.hang_up()
         elif answer.error is None:
             for file in self._files:  # it has them open
                 file.forget_name()

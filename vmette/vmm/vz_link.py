@@ -123,10 +123,14 @@ class Link:
         self._thread = threading.Thread(target=self._read, name="vmette-vz", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Hangs up, which ends the machine. Whoever waits for an answer is told that there is none."""
+    def hang_up(self) -> None:
+        """Ends the machine, and the program. Whoever waits for an answer is told that there is none."""
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Hangs up, and waits until all have been told."""
+        self.hang_up()
         self.join()
         self._connection.close()
 
@@ -182,15 +186,16 @@ class Link:
         try:
             self.request(Request.LISTEN, PORT.pack(port))
         except BaseException:
-            self._unlisten(port)
+            self._forget(port)
             ours.close()
             raise
         return Listener(ours, lambda: self._stop_listening(port))
 
     def _stop_listening(self, port: int) -> None:
-        self.post(Request.UNLISTEN, PORT.pack(port), answered=lambda _: self._unlisten(port))
+        self._forget(port)  # now, so that the port can be had again: requests are served in their order
+        self.post(Request.UNLISTEN, PORT.pack(port), answered=lambda _: None)
 
-    def _unlisten(self, port: int) -> None:
+    def _forget(self, port: int) -> None:
         with self._lock:
             listener = self._listeners.pop(port, None)
         if listener is not None:
