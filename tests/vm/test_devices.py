@@ -196,8 +196,11 @@ def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], check=True)
     monkeypatch.setenv("VMETTE_CACHE_DIR", str(path))
     yield path
-    unmount = ["umount", path]  # once nobody has a file there open
-    wait_until(lambda: subprocess.run(unmount, stderr=subprocess.DEVNULL, check=False).returncode == 0, "the end of all users")
+
+    def unmounted() -> bool:  # once nobody has a file there open
+        return subprocess.run(["umount", path], stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+    wait_until(unmounted, f"the end of all users of {path}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="to mount a small file system takes root")
