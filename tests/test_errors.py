@@ -27,6 +27,8 @@ ARGUMENTS: dict[str, object] = {
     "number": 39,
     "text": "Directory not empty",
     "filename": "/tmp/directory",
+    "domain": "VZErrorDomain",
+    "code": 6,
     "error": FileNotFoundError(2, "No such file or directory", "layer"),
 }
 """What exceptions are made from, by the parameter's name."""
@@ -34,7 +36,7 @@ ARGUMENTS: dict[str, object] = {
 
 def every_kind() -> list[type[VmetteError]]:
     for module in pkgutil.walk_packages(vmette.__path__, "vmette."):
-        if module.name.rpartition(".")[2] not in {"__main__", "_native"}:
+        if module.name.rpartition(".")[2] not in {"__main__", "_native", "_vz"}:
             import_module(module.name)
     kinds = [VmetteError]
     for kind in kinds:
