@@ -218,7 +218,8 @@ def test_what_a_command_leaves_running_goes_on_and_is_reaped(sandbox: vmette.San
     for _ in range(10):
         root(sandbox, "for i in 1 2 3; do (setsid tail -f /dev/null &); done")
     assert len(root(sandbox, "pidof tail").stdout.split()) == 30
-    assert root(sandbox, COUNTS).stdout.split() == [*before[:2], "11"]
+    with_them = [*before[:2], "11"]
+    wait_until(lambda: root(sandbox, COUNTS).stdout.split() == with_them, "the end of what started them")
     root(sandbox, "killall -9 tail")
     wait_until(lambda: root(sandbox, COUNTS).stdout.split() == before, "the end of all that was left")
 
