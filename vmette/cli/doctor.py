@@ -53,7 +53,7 @@ def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
     except VmetteError as error:
-        yield Finding(check.__name__.strip("_"), "problem", str(error))
+        yield Finding(check.__name__.strip("_").replace("_", "-"), "problem", str(error))
 
 
 def _qemu() -> Iterator[Finding]:

@@ -74,6 +74,14 @@ class VirtualMachine(ABC):
     def close(self) -> None:
         """Ends the VM, now, and lets go of all that belongs to it."""
 
+    def _close_ends(self) -> None:
+        """Closes this side of its ports and pipes."""
+        self.control.close()
+        self.console.close()
+        if self.errors >= 0:
+            os.close(self.errors)
+            self.errors = -1
+
     @property
     def ends(self) -> list[int]:
         """Descriptors that become readable when a program ends that the VM cannot do without."""

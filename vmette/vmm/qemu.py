@@ -191,11 +191,7 @@ class QemuMachine(VirtualMachine):
         """See :meth:`VirtualMachine.close`."""
         self.child.kill()
         self._end_daemons()
-        self.control.close()
-        self.console.close()
-        if self.errors >= 0:
-            os.close(self.errors)
-            self.errors = -1
+        self._close_ends()
 
     def _end_daemons(self) -> None:
         while self._daemons:

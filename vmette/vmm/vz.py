@@ -343,11 +343,7 @@ class VzMachine(VirtualMachine):
         self.child.kill()
         self._link.close()
         self._remove_files()
-        self.control.close()
-        self.console.close()
-        if self.errors >= 0:
-            os.close(self.errors)
-            self.errors = -1
+        self._close_ends()
 
     def failure(self, said: Sequence[str]) -> VmmError | None:
         """See :meth:`VirtualMachine.failure`."""
