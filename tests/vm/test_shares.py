@@ -14,7 +14,7 @@ from vmette.tree import stat_tree
 from vmette.vmm import qemu, virtiofsd
 
 
-@pytest.fixture(params=["virtiofs", "9p"])
+@pytest.fixture(params=[pytest.param("virtiofs", marks=pytest.mark.only_qemu), "9p"])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways that shares go, whatever of them this host would choose. Data goes well over virtio-fs under emulation
     too; what may not be run over it is code (see `file_server`)."""
