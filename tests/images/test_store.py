@@ -182,6 +182,9 @@ def test_killed_at_any_time_it_leaves_no_half_entry(store: Store, tmp_path: Path
                 remove(path)
     assert killed > 3
     assert incomplete > 3
+    # One that was killed when its entry was whole has left a lock, which goes with the next that makes that entry.
+    for path in [*store.images.glob("*"), *store.directories.glob("*"), *store.layers.glob("*")]:
+        remove(path)
     source = store.layer("sha256:aa", lambda place: convert(io.BytesIO(tar(*items)), place, LIMITS))
     store.image([source], LIMITS)
     store.directory([source], LIMITS)
