@@ -26,6 +26,7 @@ from vmette.protocol import (
     MAX_CONTROL,
     MAX_DATA,
     U32,
+    U64,
     Accepted,
     Channel,
     Connection,
@@ -63,6 +64,15 @@ PATIENCE = 60.0
 MIB = 1 << 20
 AGENT_KERNEL = "6.12.0-test"
 HELLO = HEADER.pack(FrameType.HELLO, 0, 0, 0, 12) + encode_record([(Tag.VERSION, U32.pack(1))])
+WAKING_FIELDS = {
+    Tag.VERSION: U32.pack(1),
+    Tag.SEED: bytes(64),
+    Tag.CLOCK: U64.pack(0x1122334455667788),
+    Tag.HOSTNAME: b"woken",
+}
+WAKING_RECORD = encode_record(list(WAKING_FIELDS.items()))
+WAKING = HEADER.pack(FrameType.HELLO, 0, 0, 0, len(WAKING_RECORD)) + WAKING_RECORD
+"""HELLO to an agent whose machine was saved."""
 OWN_USER = str(os.getuid()).encode()
 OWN_HOME = pwd.getpwuid(os.getuid()).pw_dir
 

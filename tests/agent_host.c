@@ -10,8 +10,10 @@
 #include "agent.h"
 
 #include "builtins.h"
+#include "resume.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
 #include <poll.h>
@@ -82,6 +84,15 @@ int builtin_run(char **argv) {
     while ((n = read(STDIN_FILENO, data, sizeof data)) > 0)
         if (write(STDOUT_FILENO, data, (size_t)n) != n) return 97;
     return argv[1] != NULL ? atoi(argv[1]) : 0;
+}
+
+/* --- What the agent does when it is woken, which would be done to this host (csrc/guest/resume.c) -------------------- */
+
+int resume_machine(const struct resume *resume, int random, const char **stage) {
+    *stage = "hostname";
+    if (fcntl(random, F_GETFD) < 0 || resume->seed_size != 64 || resume->clock != UINT64_C(0x1122334455667788))
+        return EINVAL;
+    return resume->hostname != NULL && strcmp(resume->hostname, "woken") == 0 ? 0 : EPERM;
 }
 
 /* --- What commands leave behind becomes our child, as it would become PID 1's, and must not outlive the test ------ */

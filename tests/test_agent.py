@@ -29,6 +29,8 @@ from tests.agent_harness import (
     OWN_USER,
     PATIENCE,
     PIPE,
+    WAKING,
+    WAKING_FIELDS,
     Agent,
     Stream,
     build,
@@ -49,6 +51,7 @@ from vmette.protocol import (
     CREDIT,
     FIELD,
     FROM_GUEST,
+    HEADER,
     MAX_CONTROL,
     MAX_DATA,
     MAX_EXEC,
@@ -58,6 +61,7 @@ from vmette.protocol import (
     WINSIZE,
     Channel,
     Connection,
+    Event,
     Exited,
     Failure,
     FrameType,
@@ -783,6 +787,10 @@ BROKEN_SESSIONS = {
     "hello on a stream": frame(FrameType.HELLO, 1, fields(VERSION_1)),
     "hello that is no record": frame(FrameType.HELLO, 0, fields(VERSION_1) + b"\0"),
     "hello twice": HELLO + HELLO,
+    "waking while a command runs": HELLO + SLEEP + WAKING,
+    "waking with another version": frame(
+        FrameType.HELLO, 0, fields((Tag.VERSION, U32.pack(2)), (Tag.SEED, WAKING_FIELDS[Tag.SEED]))
+    ),
     "shutdown before hello": frame(FrameType.SHUTDOWN, 0),
     "shutdown on a stream": HELLO + frame(FrameType.SHUTDOWN, 1),
     "shutdown with a payload": HELLO + frame(FrameType.SHUTDOWN, 0, b"x"),
@@ -894,6 +902,63 @@ def test_frame_for_a_command_that_has_ended_is_ignored(agent: Agent, kind: Frame
     agent.run("true")
     agent.port.sendall(frame(kind, 1, FROM_HOST[kind]))
     assert agent.run("true").status == 0
+
+
+# --- A machine that was saved, and wakes
+
+
+def greetings(port: socket.socket, count: int) -> list[Hello]:
+    """What comes: that many HELLOs, and nothing else."""
+    found: list[Hello] = []
+    data = b""
+    while len(found) < count:
+        data += port.recv(65536)
+        found = []
+        rest = data
+        while len(rest) >= HEADER.size and len(rest) >= HEADER.size + HEADER.unpack_from(rest)[4]:
+            kind, _, _, stream, size = HEADER.unpack_from(rest)
+            assert (kind, stream) == (FrameType.HELLO, 0)
+            (hello,) = Connection().receive(rest[: HEADER.size + size])
+            assert isinstance(hello, Hello)
+            found.append(hello)
+            rest = rest[HEADER.size + size :]
+    assert rest == b""
+    return found
+
+
+@pytest.mark.parametrize("before", [b"", HELLO, WAKING, HELLO + frame(FrameType.SIGNAL, 7, b"\x09\0")])
+def test_one_that_wakes_says_hello_again(program: Path, before: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(PATIENCE)
+    with ours, theirs, spawn(program, "serve", theirs, AGENT_KERNEL) as process:
+        ours.sendall(before + WAKING)
+        first, *again = greetings(ours, 2 + (before == WAKING))
+        assert first.milestones
+        assert {(hello.kernel, hello.milestones) for hello in again} == {(AGENT_KERNEL, ())}
+        ours.sendall(frame(FrameType.SHUTDOWN, 0))
+        assert process.wait(PATIENCE) == CLEAN
+
+
+@pytest.mark.parametrize("tag", [Tag.SEED, Tag.CLOCK, Tag.HOSTNAME])
+def test_what_cannot_be_done_at_waking_is_told(program: Path, tag: Tag) -> None:
+    """(The stand-in for resume.c takes these values alone.)"""
+    wrong = [(each, value[:-1] + b"\1") for each, value in WAKING_FIELDS.items() if each == tag]
+    rest = [(each, value) for each, value in WAKING_FIELDS.items() if each != tag]
+    if tag == Tag.SEED:
+        wrong = [(tag, bytes(63))]
+    ours, theirs = socket.socketpair()
+    ours.settimeout(PATIENCE)
+    connection = Connection()
+    with ours, theirs, spawn(program, "serve", theirs, AGENT_KERNEL) as process:
+        ours.sendall(frame(FrameType.HELLO, 0, fields(*rest, *wrong)))
+        events: list[Event] = []
+        while len(events) < 2:
+            events += connection.receive(ours.recv(65536))
+        assert isinstance(events[0], Hello)
+        number = errno.EPERM if tag == Tag.HOSTNAME else errno.EINVAL
+        assert events[1:] == [Failure(0, number, "hostname", os.strerror(number))]
+        ours.sendall(frame(FrameType.SHUTDOWN, 0))
+        assert process.wait(PATIENCE) == CLEAN
 
 
 def test_fields_that_the_agent_does_not_know_are_ignored(program: Path) -> None:

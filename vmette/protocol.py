@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 VERSION = 1
+SEED_BYTES = 64
 HEADER = struct.Struct("<BBHII")
 FIELD = struct.Struct("<HHI")
 U32 = struct.Struct("<I")
@@ -97,6 +99,9 @@ class Tag(IntEnum):
     NAME = 20
     STAT = 21
     TARGET = 22
+    SEED = 23
+    CLOCK = 24
+    HOSTNAME = 25
 
 
 class ExecFlag(IntFlag):
@@ -218,6 +223,22 @@ class Exited:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """What a machine that was saved is told when it wakes, so that it is not as others that wake from there."""
+
+    seed: bytes = field(repr=False)
+    """For its random numbers."""
+    clock: int
+    """Nanoseconds since 1970."""
+    hostname: str
+
+    @classmethod
+    def now(cls, hostname: str) -> Resume:
+        """For a machine of that name."""
+        return cls(os.urandom(SEED_BYTES), time.time_ns(), hostname)
+
+
+@dataclass(frozen=True)
 class Writable:
     """The guest took more of a command's stdin: :meth:`Connection.stdin_room` has grown."""
 
@@ -298,13 +319,17 @@ class Connection:
     Holds at most one incomplete frame of input; what it holds of output is what the caller sent and has not taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resume: Resume | None = None) -> None:
         self._in = bytearray()
         self._out = bytearray()
         self._streams: dict[int, _Stream] = {}
         self._last_stream = 0
         self._greeted = False
-        self._send(FrameType.HELLO, 0, encode_record([(Tag.VERSION, U32.pack(VERSION))]))
+        fields = [(Tag.VERSION, U32.pack(VERSION))]
+        if resume is not None:
+            fields += [(Tag.SEED, resume.seed), (Tag.CLOCK, U64.pack(resume.clock))]
+            fields.append((Tag.HOSTNAME, resume.hostname.encode()))
+        self._send(FrameType.HELLO, 0, encode_record(fields))
 
     # --- to the guest
 

@@ -11,6 +11,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -27,6 +28,7 @@
 #include "address.h"
 #include "cgroup.h"
 #include "command.h"
+#include "resume.h"
 #include "wire.h"
 
 enum {
@@ -89,6 +91,8 @@ struct agent {
     int port;
     int signals;
     bool greeted; /* the host's HELLO has come */
+    const char *kernel;
+    int random; /* /dev/urandom */
     bool shutdown;
     struct place place;
     struct cgroups cgroups;
@@ -611,16 +615,59 @@ static void kill_socket_stream(struct agent *a, struct stream *s) {
 
 /* --- Input from the port --------------------------------------------------------------------------------------------- */
 
+static void greet(struct agent *a, const struct milestone *milestones, size_t count) {
+    struct record r;
+    record_start(&r);
+    record_add32(&r, TAG_VERSION, VERSION);
+    record_add_text(&r, TAG_KERNEL, a->kernel);
+    for (size_t i = 0; i < count; i++) {
+        unsigned char value[64];
+        put64(value, milestones[i].usec);
+        size_t name = strnlen(milestones[i].name, sizeof value - 8);
+        memcpy(value + 8, milestones[i].name, name);
+        record_add(&r, TAG_MILESTONE, value, 8 + name);
+    }
+    answer_record(a, &r, FRAME_HELLO, 0);
+}
+
+static bool a_stream_is_open(const struct agent *a) {
+    for (int i = 0; i < MAX_STREAMS; i++)
+        if (a->streams[i].id != 0) return true;
+    return false;
+}
+
+/* The first frame of a host; another one may come when the machine has been saved and woken since. */
 static bool take_hello(struct agent *a, const unsigned char *payload, size_t size) {
     const unsigned char *data;
     size_t length;
     uint32_t tag;
     int more;
     bool spoken = false;
-    while ((more = next_field(&payload, &size, &tag, &data, &length)) > 0)
+    char hostname[HOST_NAME_MAX + 1];
+    struct resume resume = {0};
+    const char *stage;
+    while ((more = next_field(&payload, &size, &tag, &data, &length)) > 0) {
         if (tag == TAG_VERSION && length == 4) spoken = get32(data) == VERSION;
+        if (tag == TAG_SEED) {
+            resume.seed = data;
+            resume.seed_size = length;
+        }
+        if (tag == TAG_CLOCK && length == 8) resume.clock = get64(data);
+        if (tag == TAG_HOSTNAME && length < sizeof hostname && memchr(data, 0, length) == NULL) {
+            memcpy(hostname, data, length);
+            hostname[length] = 0;
+            resume.hostname = hostname;
+        }
+    }
+    if (more != 0 || !spoken || (a->greeted && (resume.seed == NULL || a_stream_is_open(a)))) return false;
     a->greeted = true;
-    return more == 0 && spoken;
+    if (resume.seed == NULL) return true;
+    int error = resume_machine(&resume, a->random, &stage);
+    if (error != 0)
+        answer_error(a, 0, error, stage);
+    else
+        greet(a, NULL, 0);
+    return true;
 }
 
 static bool take_stdin(struct stream *s, const unsigned char *data, size_t length) {
@@ -690,7 +737,7 @@ static bool take_resize(const struct stream *s, const unsigned char *payload, si
 /* Acts on one frame. False: the host broke the protocol. */
 static bool take_frame(struct agent *a, int type, uint32_t id, const unsigned char *payload, size_t size) {
     struct stream *s = find_stream(a, id);
-    if (!a->greeted) return type == FRAME_HELLO && id == 0 && take_hello(a, payload, size);
+    if (type == FRAME_HELLO || !a->greeted) return type == FRAME_HELLO && id == 0 && take_hello(a, payload, size);
     if ((type == FRAME_SHUTDOWN) != (id == 0)) return false;
     const bool opens = s == NULL && !(id & from_guest);
     switch (type) {
@@ -776,21 +823,6 @@ static bool read_port(struct agent *a) {
 
 /* --- The loop ------------------------------------------------------------------------------------------------------ */
 
-static void greet(struct agent *a, const char *kernel, const struct milestone *milestones, size_t count) {
-    struct record r;
-    record_start(&r);
-    record_add32(&r, TAG_VERSION, VERSION);
-    record_add_text(&r, TAG_KERNEL, kernel);
-    for (size_t i = 0; i < count; i++) {
-        unsigned char value[64];
-        put64(value, milestones[i].usec);
-        size_t name = strnlen(milestones[i].name, sizeof value - 8);
-        memcpy(value + 8, milestones[i].name, name);
-        record_add(&r, TAG_MILESTONE, value, 8 + name);
-    }
-    answer_record(a, &r, FRAME_HELLO, 0);
-}
-
 /* The descriptors to wait for, and what to tell when they are ready. */
 struct polls {
     struct pollfd fds[2 + 4 * MAX_STREAMS];
@@ -865,6 +897,7 @@ static void prepare_self(struct agent *a) {
     a->place.pids = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
     a->place.terminals = open("/dev/pts", O_PATH | O_DIRECTORY | O_CLOEXEC);
     a->place.init_fd = a->place.init_started = -1;
+    a->random = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
     cgroups_open(&a->cgroups);
 }
 
@@ -879,9 +912,10 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
     memset(a, 0, sizeof *a);
     prepare_self(a);
     a->port = port;
+    a->kernel = kernel;
     a->signals = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
     fcntl(port, F_SETFL, O_NONBLOCK);
-    greet(a, kernel, milestones, count);
+    greet(a, milestones, count);
     bool good = true;
     while (good && !a->shutdown) {
         good = take_large(a) && take_input(a);
@@ -910,6 +944,7 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
     leave_init(&a->place);
     close_fd(&a->place.pids);
     close_fd(&a->place.terminals);
+    close_fd(&a->random);
     cgroups_close(&a->cgroups);
     free(a->large);
     close_fd(&a->signals);

@@ -48,6 +48,7 @@
 
 #include "cgroup.h"
 #include "network.h"
+#include "resume.h"
 
 enum { MAX_SHARES = 32, CMDLINE = 8192 };
 
@@ -461,27 +462,13 @@ static void limit_commands(const struct plan *plan) {
         fail("limits", "cannot limit open files to %lu", plan->nofile);
 }
 
-/* Opens a file of /etc that is ours to write, as under container engines. A link that the image put there is replaced,
- * never followed; -1 if /etc itself is one: such an image keeps what it has. */
-static int open_own(const char *path) {
-    struct stat st;
-    if (!make_dir("/etc", 0755)) return -1;
-    if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode)) unlink(path);
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0644);
-    if (fd < 0) fail("mount", "cannot write %s", path);
-    return fd;
-}
-
 static void write_hosts(const char *hostname) {
-    if (sethostname(hostname, strlen(hostname)) != 0) fail("hostname", "cannot set the host name to %s", hostname);
-    int fd = open_own("/etc/hosts");
-    if (fd < 0) return;
-    dprintf(fd, "127.0.0.1\tlocalhost %s\n::1\tlocalhost ip6-localhost ip6-loopback\n", hostname);
-    close(fd);
+    if ((errno = name_machine(hostname)) != 0) fail("hostname", "cannot name the machine %s", hostname);
 }
 
 static void write_resolv_conf(const struct lease *lease) {
     int fd = lease->dns_count > 0 ? open_own("/etc/resolv.conf") : -1;
+    if (fd < 0 && lease->dns_count > 0 && errno != ENOTDIR) fail("mount", "cannot write /etc/resolv.conf");
     if (fd < 0) return;
     for (size_t i = 0; i < lease->dns_count; i++) dprintf(fd, "nameserver %s\n", inet_ntoa(lease->dns[i]));
     close(fd);

@@ -22,6 +22,8 @@ void put64(unsigned char *p, uint64_t v) {
 uint32_t get16(const unsigned char *p) { return p[0] | (uint32_t)p[1] << 8; }
 uint32_t get32(const unsigned char *p) { return get16(p) | get16(p + 2) << 16; }
 
+uint64_t get64(const unsigned char *p) { return get32(p) | (uint64_t)get32(p + 4) << 32; }
+
 void put_header(unsigned char *p, enum frame_type type, uint32_t stream, uint32_t length) {
     memset(p, 0, HEADER);
     p[0] = (unsigned char)type;

@@ -47,7 +47,10 @@ enum tag {
     TAG_LISTENER,
     TAG_NAME,
     TAG_STAT,
-    TAG_TARGET
+    TAG_TARGET,
+    TAG_SEED,
+    TAG_CLOCK,
+    TAG_HOSTNAME
 };
 
 /* FLAGS of EXEC. */
@@ -75,6 +78,7 @@ void put32(unsigned char *p, uint32_t v);
 void put64(unsigned char *p, uint64_t v);
 uint32_t get16(const unsigned char *p);
 uint32_t get32(const unsigned char *p);
+uint64_t get64(const unsigned char *p);
 
 void put_header(unsigned char *p, enum frame_type type, uint32_t stream, uint32_t length);
 
