@@ -49,6 +49,7 @@ class FakeMachine:
     def __init__(self) -> None:
         self.config = SimpleNamespace(shares=(), disks=())
         self.vsock = None
+        self.resume = None
         self.control, self.guest = socket.socketpair()
         self.console, self._console = socket.socketpair()
         self.errors, self._errors = os.pipe()

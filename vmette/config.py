@@ -287,6 +287,28 @@ def signal_number(text: str) -> int:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """Where a machine has been saved, or is to be: a directory with its memory and the state of its devices."""
+
+    directory: Path
+
+    @property
+    def ram(self) -> Path:
+        """Its memory, as large as it is, with holes."""
+        return self.directory / "ram"
+
+    @property
+    def state(self) -> Path:
+        """All else; with Virtualization.framework, all."""
+        return self.directory / "state"
+
+    @property
+    def identifier(self) -> Path:
+        """With Virtualization.framework, who the machine is."""
+        return self.directory / "identifier"
+
+
+@dataclass(frozen=True)
 class MachineConfig:
     """One microVM.
 
@@ -321,6 +343,10 @@ class MachineConfig:
     initramfs: Path | None = None
     cmdline: str = ""
     """More kernel parameters, after ours."""
+    saved: Saved | None = None
+    """Go on from there, in a copy, in place of a boot."""
+    to_save: Saved | None = None
+    """It is to be saved there: its memory is in that file from the start."""
     arch: str = field(default_factory=assets.host_arch)
     accel: str = "auto"
 

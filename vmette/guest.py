@@ -163,7 +163,7 @@ class Guest:
         self._stopwatch = stopwatch
         self._console = Console(debug)
         self._vmm_said = Console()
-        self._connection = Connection()
+        self._connection = Connection(machine.resume)
         self._streams: dict[int, Stream] = {}
         self._listeners: dict[int, Listener] = {}
         self.kernel: str | None = None
@@ -197,6 +197,15 @@ class Guest:
     def vsock(self) -> VsockDevice | None:
         """The machine's vsock device, if it has one."""
         return self._machine.vsock
+
+    def save(self) -> None:
+        """Saves the machine, in which no command runs, where its configuration says, and leaves it at that.
+
+        Raises:
+            VmmError: it cannot be saved.
+        """
+        self.turn_until(lambda: not self._connection.outgoing)
+        self._machine.save()
 
     def close(self) -> None:
         """Ends the VM, now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -44,3 +45,35 @@ def start(config: MachineConfig, prepared: Callable[[], None]) -> VirtualMachine
     accel = choose_accel(config)
     prepared()
     return QemuMachine(config, accel)
+
+
+def settled(config: MachineConfig) -> MachineConfig:
+    """`config`, with all that this host has a choice of chosen.
+
+    Raises:
+        VmmError: it cannot be had.
+    """
+    if name() == "vz":
+        return config
+    from .qemu import choose_accel
+
+    return replace(config, accel=choose_accel(config))
+
+
+def identity(config: MachineConfig) -> dict[str, str]:
+    """What a machine that was saved can wake with alone, of this host: names, for people, and what changes with them.
+
+    Raises:
+        VmmError, PayloadError: there is nothing here that runs machines.
+    """
+    from . import probe
+
+    host = " ".join(os.uname()[:4])
+    if name() == "vz":
+        from .vz import program
+
+        return {"vmette-vz": probe.identity(program().path), "macOS": host}
+    from .qemu import binary
+
+    facts = {"QEMU": probe.identity(binary(config.arch)), "the accelerator": config.accel}
+    return {**facts, "this host": host} if config.accel == "kvm" else facts

@@ -6,11 +6,14 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..config import MachineConfig
 from ..errors import VmmError
 from .spawn import Child
+
+if TYPE_CHECKING:
+    from ..protocol import Resume
 
 
 class VsockListener(Protocol):
@@ -61,6 +64,8 @@ class VirtualMachine(ABC):
     console: socket.socket
     errors: int
     """A descriptor to read what the VMM says on stderr; -1 once it is closed."""
+    resume: Resume | None = None
+    """What the guest is to be told if it does not boot, but wakes."""
     vsock: VsockDevice | None = None
     """None where there is no such device: then the guest's agent stands in."""
 
@@ -86,6 +91,14 @@ class VirtualMachine(ABC):
     def ends(self) -> list[int]:
         """Descriptors that become readable when a program ends that the VM cannot do without."""
         return []
+
+    def save(self) -> None:
+        """Saves the machine where its configuration says. It stands still from then on.
+
+        Raises:
+            VmmError: it cannot be saved.
+        """
+        raise VmmError(f"{self.vmm} cannot save machines")
 
     def failure(self, said: Sequence[str]) -> VmmError | None:
         """Why the VMM has failed, given the last lines that it `said`; None if the guest ended by itself.

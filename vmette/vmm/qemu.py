@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import assets
-from ..config import ROOT_TAG, MachineConfig, Share
+from ..config import ROOT_TAG, MachineConfig, Saved, Share
 from ..errors import ConfigError, ProtocolError, VmmError
 from ..providers.base import BlockImage, Directory
 from . import probe
@@ -148,6 +148,7 @@ class Attached:
     """None if the network is to be QEMU's own."""
     vsock: tuple[int, int] | None = None
     """The context id, and the device's descriptor."""
+    monitor: int | None = None
 
 
 class QemuMachine(VirtualMachine):
@@ -165,8 +166,9 @@ class QemuMachine(VirtualMachine):
         self.accel = accel
         self._daemons: list[virtiofsd.Daemon] = []
         self._passt: Child | None = None
+        self._monitor: socket.socket | None = None
         with ExitStack() as undo, ExitStack() as theirs:
-            undo.callback(self._end_daemons)
+            undo.callback(self._end_helpers)
             self.control, control = socket.socketpair()
             undo.callback(self.control.close)
             self.console, console = socket.socketpair()
@@ -183,21 +185,49 @@ class QemuMachine(VirtualMachine):
             argv = command_line(config, accel, partial(self._serve, errors=errors), attached)
             logger.debug("%s", argv)
             self.child: Child = spawn(argv, self._fds, {"PATH": "/usr/bin:/bin"})
+            undo.callback(self.child.kill)
             for daemon in self._daemons:
                 daemon.connection.close()
+            theirs.close()  # or a QEMU that has ended would be waited for
+            if config.saved is not None:
+                self._load(config.saved)
             undo.pop_all()
+
+    def _load(self, saved: Saved) -> None:
+        from ..protocol import Resume
+        from .qmp import Monitor
+
+        assert self._monitor is not None
+        with saved.state.open("rb") as file:
+            Monitor(self._monitor).load(file.fileno())
+        self.resume = Resume.now(self.config.hostname)
+
+    def save(self) -> None:
+        """See :meth:`VirtualMachine.save`."""
+        from .qmp import Monitor
+
+        assert self.config.to_save is not None
+        assert self._monitor is not None
+        fd = os.open(self.config.to_save.state, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            Monitor(self._monitor).save(fd)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """See :meth:`VirtualMachine.close`."""
         self.child.kill()
-        self._end_daemons()
+        self._end_helpers()
         self._close_ends()
 
-    def _end_daemons(self) -> None:
+    def _end_helpers(self) -> None:
         while self._daemons:
             self._daemons.pop().close()
         if self._passt is not None:
             self._passt.kill()
+        if self._monitor is not None:
+            self._monitor.close()
 
     def _pass_on(self, fd: int) -> int:
         """Has QEMU inherit a descriptor; returns its number there."""
@@ -212,7 +242,10 @@ class QemuMachine(VirtualMachine):
             theirs.callback(os.close, fd)
             return self._pass_on(fd)
 
-        scratch = network = vsock = None
+        scratch = network = vsock = monitor = None
+        if self.config.saved is not None or self.config.to_save is not None:
+            self._monitor, connection = socket.socketpair()
+            monitor = self._pass_on(theirs.enter_context(connection).fileno())
         if self.config.scratch_mib is not None:
             from .scratch import unnamed
 
@@ -230,7 +263,7 @@ class QemuMachine(VirtualMachine):
                 cid = vhost_vsock.new_cid()
                 self.vsock = vhost_vsock.VhostVsock(cid)
                 vsock = cid, own(vhost_vsock.open_device())
-        return Attached(scratch, network, vsock)
+        return Attached(scratch, network, vsock, monitor)
 
     @property
     def ends(self) -> list[int]:
@@ -318,6 +351,15 @@ def command_line(config: MachineConfig, accel: str, serve: Serve, attached: Atta
     if devices > MAX_DEVICES[config.arch]:
         raise ConfigError(f"{devices} shares, disks and other devices: there is room for {MAX_DEVICES[config.arch]}")
     machine = MACHINES[config.arch]
+    if attached.monitor is not None:
+        argv += [*_serial(attached.monitor, "monitor"), "-mon", "chardev=monitor,mode=control"]
+    if (memory := config.saved or config.to_save) is not None:
+        # Written as the machine runs if it is to be saved; a copy of each page that is written, if it was.
+        backing = f"mem-path={_comma(memory.ram.absolute())},share={'on' if config.saved is None else 'off'}"
+        argv += ["-object", f"memory-backend-file,id=memory,size={config.mem_mib}M,{backing}"]
+        machine += ",memory-backend=memory"
+    if config.saved is not None:
+        argv += ["-incoming", "defer"]
     if "virtiofs" in {root_type, *(kind for _, kind in shares)}:  # virtiofsd answers in the guest's own memory
         argv += ["-object", f"memory-backend-memfd,id=memory,size={config.mem_mib}M,share=on"]
         machine += ",memory-backend=memory"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import assets
-from ..config import ROOT_TAG, ROSETTA_TAG, SECTOR, MachineConfig
+from ..config import ROOT_TAG, ROSETTA_TAG, SECTOR, MachineConfig, Saved
 from ..errors import ConfigError, VmmError
 from ..providers.base import BlockImage, Directory
 from . import probe
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 MIN_MACOS = (13, 0)
 """Named console ports are of macOS 13."""
 ANSWER_SECONDS = 30.0
+SAVE_SECONDS = 600.0
+"""All of a machine's memory goes to the disk."""
 CODESIGN = Path("/usr/bin/codesign")
 """Part of macOS."""
 ENTITLEMENTS = Path(__file__).with_name("vmette-vz.entitlements")
@@ -257,6 +259,8 @@ def records(config: MachineConfig, root: Path | None, scratch: Path | None) -> I
         yield "share", f"{'ro' if share.read_only else 'rw'}:{share.tag}:{share.path.absolute()}"
     if config.rosetta:
         yield "rosetta", ROSETTA_TAG
+    if config.saved is not None:
+        yield "identifier", config.saved.identifier.read_bytes().hex()
     if config.network:
         yield "network", ""
     if config.vsock:
@@ -335,8 +339,26 @@ class VzMachine(VirtualMachine):
             undo.callback(self._link.close)
             if config.vsock:
                 self.vsock = VzVsock(self._link)
-            self._link.post(Request.START, answered=self._started)
+            if config.saved is None:
+                self._link.post(Request.START, answered=self._started)
+            else:
+                self._wake(config.saved)
             undo.pop_all()
+
+    def _wake(self, saved: Saved) -> None:
+        from ..protocol import Resume
+
+        self._link.post(Request.RESTORE, os.fsencode(saved.state.absolute()), answered=self._refused)
+        self._link.post(Request.RESUME, answered=self._started)
+        self.resume = Resume.now(self.config.hostname)
+
+    def save(self) -> None:
+        """See :meth:`VirtualMachine.save`."""
+        saved = self.config.to_save
+        assert saved is not None
+        saved.identifier.write_bytes(self._link.request(Request.IDENTIFIER).payload)
+        self._link.request(Request.PAUSE)
+        self._link.request(Request.SAVE, os.fsencode(saved.state.absolute()), SAVE_SECONDS)
 
     def close(self) -> None:
         """See :meth:`VirtualMachine.close`."""
@@ -358,11 +380,15 @@ class VzMachine(VirtualMachine):
         while self._files:
             self._files.pop().close()
 
-    def _started(self, answer: Answer) -> None:
+    def _refused(self, answer: Answer) -> bool:
+        """Ends the program if it could not do it: the first thing that it could not do is why."""
         if isinstance(answer.error, FrameworkError):
-            self._problem = answer.error
+            self._problem = self._problem or answer.error
             self._link.hang_up()
-        elif answer.error is None:
+        return answer.error is not None
+
+    def _started(self, answer: Answer) -> None:
+        if not self._refused(answer):
             for file in self._files:  # it has them open
                 file.forget_name()
 

@@ -117,7 +117,7 @@ class Link:
         self._ended = ended
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, Callable[[Answer], None]] = {}
+        self._waiting: dict[int, Callable[[Answer], object]] = {}
         self._listeners: dict[int, socket.socket] = {}
         self._over = False
         self._thread = threading.Thread(target=self._read, name="vmette-vz", daemon=True)
@@ -139,7 +139,7 @@ class Link:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def post(self, request: Request, payload: bytes = b"", *, answered: Callable[[Answer], None]) -> None:
+    def post(self, request: Request, payload: bytes = b"", *, answered: Callable[[Answer], object]) -> None:
         """Asks for something; `answered` is called with the answer, in the thread that reads."""
         with self._lock:
             number = next(self._numbers)
