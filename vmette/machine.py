@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .services import Services
     from .streams import Sink, Source
 
+SNAPSHOT = "snapshot:"
+"""How the spec of a saved machine begins: see :mod:`vmette.snapshots`."""
+
 SERVICES = ("secrets", "secrets_user", "ca_certs", "allow_hosts", "publish", "vsock_port", "guest_vsock_port")
 """The options that are given over the control channel: see :mod:`vmette.services`."""
 
@@ -145,6 +148,10 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
     """
     from .providers.registry import default_registry
 
+    if os.fspath(rootfs).startswith(SNAPSHOT):
+        from .snapshots import machine
+
+        return machine(os.fspath(rootfs).removeprefix(SNAPSHOT), options)
     options = options.copy()
     if "vsock_port" in options or "guest_vsock_port" in options:
         options["vsock"] = True
@@ -163,12 +170,26 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
     )
     registry = options.pop("registry", None) or default_registry()
     # What is wrong with these is said before anything is fetched.
-    services = _services(**{name: options.pop(name) for name in SERVICES if name in options})  # type: ignore[misc]
-    config = _config(arch, rosetta=rosetta, **options)  # type: ignore[misc, arg-type]
+    given = services(options)
+    config = _config(arch, rosetta=rosetta, **{name: value for name, value in options.items() if name not in SERVICES})  # type: ignore[arg-type]
     artifact = registry.resolve(os.fspath(rootfs), context)
-    if services is not None and services.secrets_user is None and artifact.config is not None:
-        services = replace(services, secrets_user=artifact.config.user)
-    return Machine(replace(config, root=artifact), artifact.config, services, cancelled)
+    return Machine(replace(config, root=artifact), artifact.config, for_image(given, artifact.config), cancelled)
+
+
+def services(options: MachineOptions) -> Services | None:
+    """The services that are asked for.
+
+    Raises:
+        ConfigError: they cannot be had.
+    """
+    return _services(**{name: value for name, value in options.items() if name in SERVICES})  # type: ignore[arg-type]
+
+
+def for_image(services: Services | None, image: ImageConfig | None) -> Services | None:
+    """The same, where the image says who may read the secrets unless somebody else does."""
+    if services is None or services.secrets_user is not None or image is None:
+        return services
+    return replace(services, secrets_user=image.user)
 
 
 def architecture(arch: str | None, platform: str | None) -> tuple[str, bool]:

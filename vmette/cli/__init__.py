@@ -25,6 +25,7 @@ COMMANDS = {
     "stop": "End machines.",
     "kill": "Kill machines, or send them a signal.",
     "rm": "Remove machines that have ended.",
+    "snapshot": "Save machines that others wake from.",
     "pull": "Fetch an image into the cache.",
     "images": "List the images in the cache.",
     "cache": "See what the cache holds, and clear it.",

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from ..config import ACCELERATORS, Command, Disk, Share
 from ..errors import ConfigError, SandboxTimeout, TimeoutExpired, reason
-from ..machine import Machine, MachineOptions, execute, prepare
+from ..machine import SNAPSHOT, Machine, MachineOptions, execute, prepare
 from ..providers.base import FORMS, PULL_POLICIES, Progress
 from ..streams import FdSink, FdSource, limited
 from ..timings import Stopwatch
@@ -143,6 +144,7 @@ form_option = click.option(
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 @click.option("--debug", is_flag=True, help="Show the guest's console and what vmette does, on stderr.")
 @click.option("--timings", is_flag=True, help="Print where the time went, on stderr.")
+@click.option("--snapshot", metavar="NAME", help="Wake a machine from this snapshot, in place of a boot of ROOTFS.")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="ROOTFS [COMMAND]...")
 def command(
     rootfs_option: str | None,
@@ -188,6 +190,7 @@ def command(
     quiet: bool,
     debug: bool,
     timings: bool,
+    snapshot: str | None,
     words: tuple[str, ...],
 ) -> int:
     """Run COMMAND in a fresh microVM whose root filesystem is ROOTFS.
@@ -220,7 +223,11 @@ def command(
     stopwatch = Stopwatch(_process_start())
     stopwatch.reached("python")
     arguments = list(words)
-    rootfs = rootfs_option if rootfs_option is not None else (arguments.pop(0) if arguments else None)
+    if snapshot is not None and rootfs_option is not None:
+        raise click.UsageError("--snapshot and --rootfs exclude each other")
+    rootfs = rootfs_option if snapshot is None else f"{SNAPSHOT}{snapshot}"
+    if rootfs is None and arguments:
+        rootfs = arguments.pop(0)
     if rootfs is None:
         raise click.UsageError("there is no root filesystem: give ROOTFS, for instance builtin://base")
     if arguments[:1] == ["--"]:
@@ -267,6 +274,11 @@ def command(
         "cmdline": cmdline,
         "accel": accel,
     }
+    if rootfs.startswith(SNAPSHOT):  # which has its own
+        source = click.get_current_context().get_parameter_source
+        for option in ("vcpus", "mem_mib", "rootfs_form", "accel"):
+            if source(option) is ParameterSource.DEFAULT:
+                del options[option]  # type: ignore[misc]
     if vsock_port >= 0:
         options["vsock_port"] = vsock_port
     if guest_vsock_port is not None:

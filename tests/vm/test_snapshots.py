@@ -1,0 +1,295 @@
+"""Machines that are saved, and others that wake from them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vmette
+from tests.vm.support import BASE, Cli, command, vmm_processes, wait_until
+from vmette import assets, snapshots
+from vmette.providers.base import Cancelled
+
+WARM_UP = "echo warm >/tmp/warm; mkdir /www; echo served >/www/index.html; httpd -p 127.0.0.1:8080 -h /www"
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the snapshot `warm`, which tests do not change."""
+    directory = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMETTE_STATE_DIR", str(directory))
+        snapshots.create("warm", BASE, ["sh", "-c", WARM_UP])
+    return directory
+
+
+@pytest.fixture
+def warm(state: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VMETTE_STATE_DIR", str(state))
+    return state / "snapshots/warm"
+
+
+@pytest.fixture
+def own(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, to be changed."""
+    directory = tmp_path / "state"
+    shutil.copytree(state, directory)
+    monkeypatch.setenv("VMETTE_STATE_DIR", str(directory))
+    warm = directory / "snapshots/warm"
+    # A copy of the memory is another file.
+    meta = (warm / "meta.json").read_text()
+    before = snapshots_of(state)
+    status = (warm / "ram").stat()
+    for old, new in zip(before.ram, (status.st_size, status.st_mtime_ns, status.st_ino), strict=True):
+        meta = meta.replace(str(old), str(new))
+    (warm / "meta.json").write_text(meta)
+    return warm
+
+
+def snapshots_of(state: Path) -> snapshots.Snapshot:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMETTE_STATE_DIR", str(state))
+        (found,) = snapshots.snapshots()
+    return found
+
+
+def output(name: str, script: str, **options: object) -> str:
+    done = vmette.run(f"snapshot:{name}", ["sh", "-c", script], text=True, check=True, **options)  # type: ignore[call-overload]
+    return str(done.stdout)
+
+
+def test_from_the_command_line(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMETTE_STATE_DIR", str(tmp_path / "state"))
+    done = cli("snapshot", "create", "--run", "echo warm >/tmp/warm", BASE, "one")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"one: ")
+    assert b"one" in cli("snapshot", "ls").stdout
+    done = cli(
+        "run",
+        "--snapshot",
+        "one",
+        "--hostname",
+        "other",
+        "-e",
+        "A=b",
+        "--",
+        "sh",
+        "-c",
+        "cat /tmp/warm; hostname; echo $A; exit 3",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"warm\nother\nb\n", b"")
+    done = cli("run", "--timings", "snapshot:one", "true")
+    assert done.returncode == 0
+    assert b"guest: kernel" not in done.stderr  # which it would have if it had booted
+    assert cli("snapshot", "create", BASE, "one").returncode == 2
+    assert cli("snapshot", "rm", "one").returncode == 0
+    done = cli("run", "--snapshot", "one", "true")
+    assert (done.returncode, done.stderr) == (2, b"vmette: there is no snapshot 'one'; there are: none\n")
+    assert [path.name for path in (tmp_path / "state/snapshots").iterdir()] == [".lock"]
+
+
+def test_what_was_running_goes_on(warm: Path) -> None:
+    assert output("warm", "cat /tmp/warm; wget -qO- http://127.0.0.1:8080/") == "warm\nserved\n"
+
+
+def test_it_is_private(warm: Path) -> None:
+    assert warm.stat().st_mode & 0o777 == warm.parent.stat().st_mode & 0o777 == 0o700
+    for name in ("ram", "state", "meta.json"):
+        assert (warm / name).stat().st_mode & 0o077 == 0
+
+
+IDENTITY = """
+head -c 16 /dev/urandom | od -An -tx1 | tr -d '\\n'; echo
+cat /proc/sys/kernel/random/uuid
+hostname
+date +%s
+cat /etc/hosts
+"""
+
+
+def test_no_two_are_the_same(warm: Path) -> None:
+    before = time.time()
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(lambda number: output("warm", IDENTITY, hostname=f"clone{number}"), range(8)))
+    lines = [text.splitlines() for text in said]
+    assert len({line[0] for line in lines}) == len({line[1] for line in lines}) == 8
+    assert {line[2] for line in lines} == {f"clone{number}" for number in range(8)}
+    for line in lines:
+        assert before - 2 <= int(line[3]) <= time.time() + 2
+        assert line[4] == f"127.0.0.1\tlocalhost {line[2]}"
+
+
+def test_what_one_writes_is_its_own(warm: Path) -> None:
+    assert output("warm", "echo mine >/tmp/warm; echo mine >/www/index.html; cat /tmp/warm") == "mine\n"
+    assert output("warm", "cat /tmp/warm /www/index.html") == "warm\nserved\n"
+
+
+def test_a_sandbox_wakes_and_runs_many(warm: Path) -> None:
+    with vmette.Sandbox("snapshot:warm", secrets={"TOKEN": "hidden-in-no-snapshot"}, publish=["0:8080"]) as sandbox:
+        assert sandbox.run(["cat", "/run/secrets/TOKEN"], text=True).stdout == "hidden-in-no-snapshot"
+        assert sandbox.files.read("/tmp/warm") == b"warm\n"
+        processes = [sandbox.popen(["sh", "-c", f"echo {number}"]) for number in range(5)]
+        assert [process.communicate()[0] for process in processes] == [b"%d\n" % number for number in range(5)]
+    for path in warm.iterdir():
+        assert b"hidden-in-no-snapshot" not in path.read_bytes()
+
+
+def test_a_machine_that_stays(warm: Path, cli: Cli) -> None:
+    done = cli("run", "-d", "--name", "woken", "--snapshot", "warm", "sleep", "1000")
+    assert done.returncode == 0, done.stderr
+    assert cli("exec", "woken", "cat", "/tmp/warm").stdout == b"warm\n"
+    assert cli("rm", "-f", "woken").returncode == 0
+
+
+def test_one_that_is_removed_while_machines_live(own: Path) -> None:
+    with vmette.Sandbox("snapshot:warm") as sandbox:
+        snapshots.remove("warm")
+        assert sandbox.run(["md5sum", "/bin/busybox"]).returncode == 0
+        assert sandbox.run(["cat", "/tmp/warm"], text=True).stdout == "warm\n"
+    with pytest.raises(vmette.ConfigError, match="there is no snapshot 'warm'; there are: none"):
+        snapshots.remove("warm")
+
+
+# --- What cannot be saved
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"net": True}, "a snapshot holds no net: leave that out"),
+        ({"scratch": 64}, "a snapshot holds no scratch"),
+        ({"vsock": True}, "a snapshot holds no vsock"),
+        ({"secrets": {"A": "b"}}, "are given to the machines that wake from a snapshot"),
+        ({"publish": ["0:80"]}, "are given to the machines that wake from a snapshot"),
+    ],
+)
+def test_what_a_snapshot_does_not_hold(options: dict[str, Any], message: str, own: Path, tmp_path: Path) -> None:
+    with pytest.raises(vmette.ConfigError, match=message):
+        snapshots.create("other", BASE, **options)
+    with pytest.raises(vmette.ConfigError, match="holds no shares"):
+        snapshots.create("other", BASE, shares=[vmette.Share("tag", tmp_path)])
+    assert [path.name for path in own.parent.iterdir() if not path.name.startswith(".")] == ["warm"]
+
+
+def test_a_directory_is_no_root_for_a_snapshot(own: Path, tmp_path: Path) -> None:
+    with pytest.raises(vmette.ConfigError, match="a snapshot holds no directories"):
+        snapshots.create("other", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", "a b", "x" * 64, ".hidden", "a\0b"])
+def test_names_that_are_none(name: str, own: Path) -> None:
+    for use in (lambda: snapshots.create(name, BASE), lambda: snapshots.remove(name), lambda: output(name, "true")):
+        with pytest.raises((vmette.ConfigError, ValueError)):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "timeout", "error"),
+    [
+        (["sh", "-c", "echo why >&2; exit 3"], None, vmette.CalledProcessError),
+        (["nothing"], None, vmette.CommandNotStarted),
+        (["sleep", "1000"], 0.5, vmette.TimeoutExpired),
+        (["poweroff", "-f"], None, vmette.GuestError),
+    ],
+)
+def test_a_warm_up_that_fails_leaves_nothing(
+    warm_up: list[str], timeout: float | None, error: type[Exception], own: Path
+) -> None:
+    with pytest.raises(error):
+        snapshots.create("other", BASE, warm_up, timeout=timeout)
+    assert sorted(path.name for path in own.parent.iterdir()) == [".lock", "warm"]
+
+
+def test_one_that_is_being_made_and_is_killed_leaves_nothing_in_the_way(own: Path) -> None:
+    argv = command(["snapshot", "create", "--run", "sleep 1000", BASE, "other"])
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL) as process:
+        wait_until(lambda: bool(vmm_processes()), "the machine")
+        time.sleep(0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    assert [snapshot.name for snapshot in snapshots.snapshots()] == ["warm"]
+    snapshots.create("other", BASE)
+    assert sorted(path.name for path in own.parent.iterdir()) == [".lock", "other", "warm"]
+
+
+def test_two_that_are_made_at_once(own: Path) -> None:
+    argv = command(["snapshot", "create", "--run", "until [ -e /tmp/no ]; do sleep 1; done", BASE, "slow"])
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL) as process:
+        wait_until((own.parent / ".slow.part").exists, "the first one's beginning")
+        with pytest.raises(vmette.ConfigError, match="snapshot 'slow' is being made"):
+            snapshots.create("slow", BASE)
+        snapshots.create("other", BASE)
+        snapshots.remove("other")
+        process.terminate()
+        assert process.wait(30) == 143
+    assert sorted(path.name for path in own.parent.iterdir()) == [".lock", "warm"]
+
+
+def test_a_creation_that_is_given_up(own: Path) -> None:
+    with pytest.raises(Cancelled):
+        snapshots.create("other", BASE, cancelled=lambda: True)
+    assert sorted(path.name for path in own.parent.iterdir()) == [".lock", "warm"]
+
+
+# --- What does not wake
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"vcpus": 1}, {"mem_mib": 512}, {"net": True}, {"scratch": 64}, {"rootfs_ro": True}, {"arch": "x86_64"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_was_settled(options: dict[str, object], warm: Path) -> None:
+    (name,) = options
+    with pytest.raises(
+        vmette.ConfigError, match=f"^{name} was settled when the snapshot 'warm' was made: leave it out"
+    ):
+        output("warm", "true", **options)
+
+
+def test_damage_is_found(own: Path) -> None:
+    def refused(what: str) -> None:
+        with pytest.raises(vmette.VmmError, match=f"^snapshot 'warm' {what}.*create it anew"):
+            output("warm", "true")
+
+    files = {path: path.read_bytes() for path in own.iterdir() if path.name != "ram"}
+    for change in (b"", files[own / "state"][:-1], bytes(len(files[own / "state"]))):
+        (own / "state").write_bytes(change)
+        refused("is damaged")
+    (own / "state").unlink()
+    refused("cannot be read")
+    (own / "state").write_bytes(files[own / "state"])
+    for meta in (b"", b"{}", b"[]", b"null", b'{"version": 1}', files[own / "meta.json"][:-10]):
+        (own / "meta.json").write_bytes(meta)
+        refused("is damaged")
+    (own / "meta.json").write_bytes(files[own / "meta.json"].replace(b'"version": 1', b'"version": 2'))
+    refused("is of another version of vmette")
+    (own / "meta.json").write_bytes(files[own / "meta.json"])
+    with (own / "ram").open("r+b") as file:
+        file.write(b"x")
+    refused("is damaged")
+    os.truncate(own / "ram", 4096)
+    refused("is damaged")
+
+
+def test_another_kernel_is_another_machine(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(assets.PAYLOAD, tmp_path / "payload", dirs_exist_ok=True)
+    monkeypatch.setenv("VMETTE_ASSETS_DIR", str(tmp_path / "payload"))
+    with pytest.raises(vmette.VmmError, match="made with another version of the guest's kernel: create it anew"):
+        output("warm", "true")
+
+
+def test_one_that_the_vmm_does_not_take(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check passes, and the VMM has the last word."""
+    monkeypatch.setattr(snapshots, "_check", lambda snapshot, config: None)
+    (own / "state").write_bytes(b"no state of QEMU's" * 100)
+    with pytest.raises(vmette.VmmError, match=r"QEMU|cannot be restored"):
+        output("warm", "true")
