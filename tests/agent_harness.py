@@ -69,10 +69,12 @@ WAKING_FIELDS = {
     Tag.SEED: bytes(64),
     Tag.CLOCK: U64.pack(0x1122334455667788),
     Tag.HOSTNAME: b"woken",
+    Tag.SHARE: b"9p:share1:ro:/b",
 }
-WAKING_RECORD = encode_record(list(WAKING_FIELDS.items()))
+WAKING_RECORD = encode_record([(Tag.SHARE, b"9p:share0:rw:/a"), *WAKING_FIELDS.items()])
+PAUSE = HEADER.pack(FrameType.PAUSE, 0, 0, 0, 0)
 WAKING = HEADER.pack(FrameType.HELLO, 0, 0, 0, len(WAKING_RECORD)) + WAKING_RECORD
-"""HELLO to an agent whose machine was saved."""
+"""HELLO to an agent whose machine was saved while it paused."""
 OWN_USER = str(os.getuid()).encode()
 OWN_HOME = pwd.getpwuid(os.getuid()).pw_dir
 

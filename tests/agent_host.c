@@ -10,7 +10,6 @@
 #include "agent.h"
 
 #include "builtins.h"
-#include "resume.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -86,12 +85,15 @@ int builtin_run(char **argv) {
     return argv[1] != NULL ? atoi(argv[1]) : 0;
 }
 
-/* --- What the agent does when it is woken, which would be done to this host (csrc/guest/resume.c) -------------------- */
+/* --- What the agent does when it is woken, which would be done to this host (csrc/guest/init.c) -------------------- */
 
-int resume_machine(const struct resume *resume, int random, const char **stage) {
+static int woken(const struct resume *resume, int random, const char **stage) {
     *stage = "hostname";
     if (fcntl(random, F_GETFD) < 0 || resume->seed_size != 64 || resume->clock != UINT64_C(0x1122334455667788))
         return EINVAL;
+    *stage = "shares";
+    if (resume->share_count != 2 || strcmp(resume->shares[1], "9p:share1:ro:/b") != 0) return ENODEV;
+    *stage = "hostname";
     return resume->hostname != NULL && strcmp(resume->hostname, "woken") == 0 ? 0 : EPERM;
 }
 
@@ -121,7 +123,7 @@ int main(int argc, char **argv) {
     int port = atoi(argv[2]);
     prctl(PR_SET_CHILD_SUBREAPER, 1);
     fcntl(port, F_SETFD, FD_CLOEXEC);
-    int result = agent_serve(port, argv[3], milestones, sizeof milestones / sizeof *milestones);
+    int result = agent_serve(port, argv[3], milestones, sizeof milestones / sizeof *milestones, woken);
     close(port);
     printf("%d\n", end_children());
     return result == 0 ? 0 : BROKEN;

@@ -7,6 +7,7 @@ import fcntl
 import os
 import pwd
 import resource
+import select
 import signal
 import socket
 import struct
@@ -28,6 +29,7 @@ from tests.agent_harness import (
     OWN_HOME,
     OWN_USER,
     PATIENCE,
+    PAUSE,
     PIPE,
     WAKING,
     WAKING_FIELDS,
@@ -47,6 +49,7 @@ from tests.agent_harness import (
     spawn,
 )
 from vmette import config
+from vmette.config import Command
 from vmette.protocol import (
     CREDIT,
     FIELD,
@@ -61,7 +64,7 @@ from vmette.protocol import (
     WINSIZE,
     Channel,
     Connection,
-    Event,
+    ExecFlag,
     Exited,
     Failure,
     FrameType,
@@ -69,6 +72,8 @@ from vmette.protocol import (
     Milestone,
     SignalFlag,
     Tag,
+    decode_error,
+    encode_exec,
 )
 
 
@@ -787,10 +792,24 @@ BROKEN_SESSIONS = {
     "hello on a stream": frame(FrameType.HELLO, 1, fields(VERSION_1)),
     "hello that is no record": frame(FrameType.HELLO, 0, fields(VERSION_1) + b"\0"),
     "hello twice": HELLO + HELLO,
-    "waking while a command runs": HELLO + SLEEP + WAKING,
-    "waking with another version": frame(
-        FrameType.HELLO, 0, fields((Tag.VERSION, U32.pack(2)), (Tag.SEED, WAKING_FIELDS[Tag.SEED]))
-    ),
+    "waking without a pause": HELLO + WAKING,
+    "waking as the first thing": WAKING,
+    "waking with another version": HELLO
+    + PAUSE
+    + frame(FrameType.HELLO, 0, fields((Tag.VERSION, U32.pack(2)), (Tag.SEED, WAKING_FIELDS[Tag.SEED]))),
+    "waking with half a name": HELLO
+    + PAUSE
+    + frame(FrameType.HELLO, 0, fields(*{**WAKING_FIELDS, Tag.HOSTNAME: b"wo\0ken"}.items())),
+    "waking with too many shares": HELLO
+    + PAUSE
+    + frame(FrameType.HELLO, 0, fields(*WAKING_FIELDS.items(), *[(Tag.SHARE, b"9p:s:ro")] * 40)),
+    "an ordinary hello in a pause": HELLO + PAUSE + HELLO,
+    "a command in a pause": HELLO + PAUSE + SLEEP,
+    "a pause in a pause": HELLO + PAUSE + PAUSE,
+    "a pause on a stream": HELLO + frame(FrameType.PAUSE, 1),
+    "a pause with a payload": HELLO + frame(FrameType.PAUSE, 0, b"x"),
+    "going on without a pause": HELLO + frame(FrameType.RESUME, 0),
+    "going on on a stream": HELLO + PAUSE + frame(FrameType.RESUME, 1),
     "shutdown before hello": frame(FrameType.SHUTDOWN, 0),
     "shutdown on a stream": HELLO + frame(FrameType.SHUTDOWN, 1),
     "shutdown with a payload": HELLO + frame(FrameType.SHUTDOWN, 0, b"x"),
@@ -907,58 +926,164 @@ def test_frame_for_a_command_that_has_ended_is_ignored(agent: Agent, kind: Frame
 # --- A machine that was saved, and wakes
 
 
-def greetings(port: socket.socket, count: int) -> list[Hello]:
-    """What comes: that many HELLOs, and nothing else."""
-    found: list[Hello] = []
-    data = b""
-    while len(found) < count:
-        data += port.recv(65536)
-        found = []
-        rest = data
-        while len(rest) >= HEADER.size and len(rest) >= HEADER.size + HEADER.unpack_from(rest)[4]:
-            kind, _, _, stream, size = HEADER.unpack_from(rest)
-            assert (kind, stream) == (FrameType.HELLO, 0)
-            (hello,) = Connection().receive(rest[: HEADER.size + size])
-            assert isinstance(hello, Hello)
-            found.append(hello)
-            rest = rest[HEADER.size + size :]
-    assert rest == b""
-    return found
+class Host:
+    """The host's side of an agent's port, frame by frame."""
+
+    def __init__(self, program: Path) -> None:
+        self.port, theirs = socket.socketpair()
+        self.port.settimeout(PATIENCE)
+        with theirs:
+            self.process = spawn(program, "serve", theirs, AGENT_KERNEL)
+        self._rest = b""
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.port.close()
+        self.process.wait(PATIENCE)
+        self.process.__exit__(None, None, None)
+
+    def say(self, *frames: bytes) -> None:
+        self.port.sendall(b"".join(frames))
+
+    def hear(self, *expected: FrameType) -> list[bytes]:
+        """The payloads of the next frames, which are of these types (and windows in between)."""
+        payloads = []
+        for kind in expected:
+            while (heard := self._frame())[0] == FrameType.WINDOW:
+                pass
+            assert heard[0] == kind, heard
+            payloads.append(heard[1])
+        return payloads
+
+    def pause(self) -> None:
+        """Has it fall silent."""
+        self.say(PAUSE)
+        while self._frame()[0] != FrameType.PAUSE:
+            pass
+
+    def _frame(self) -> tuple[int, bytes]:
+        while len(self._rest) < HEADER.size or len(self._rest) < HEADER.size + HEADER.unpack_from(self._rest)[4]:
+            data = self.port.recv(65536)
+            assert data
+            self._rest += data
+        kind, _, _, _, size = HEADER.unpack_from(self._rest)
+        payload = self._rest[HEADER.size : HEADER.size + size]
+        self._rest = self._rest[HEADER.size + size :]
+        return kind, payload
+
+    def is_silent(self) -> bool:
+        """Whether the agent says nothing for a while."""
+        return not self._rest and not select.select([self.port], [], [], 0.3)[0]
+
+    def end(self) -> None:
+        """Ends it, and checks that it has nothing more to say."""
+        self.say(frame(FrameType.SHUTDOWN, 0))
+        assert self.process.wait(PATIENCE) == CLEAN
+        assert self._rest + self.port.recv(65536) == b""
 
 
-@pytest.mark.parametrize("before", [b"", HELLO, WAKING, HELLO + frame(FrameType.SIGNAL, 7, b"\x09\0")])
-def test_one_that_wakes_says_hello_again(program: Path, before: bytes) -> None:
-    ours, theirs = socket.socketpair()
-    ours.settimeout(PATIENCE)
-    with ours, theirs, spawn(program, "serve", theirs, AGENT_KERNEL) as process:
-        ours.sendall(before + WAKING)
-        first, *again = greetings(ours, 2 + (before == WAKING))
-        assert first.milestones
-        assert {(hello.kernel, hello.milestones) for hello in again} == {(AGENT_KERNEL, ())}
-        ours.sendall(frame(FrameType.SHUTDOWN, 0))
-        assert process.wait(PATIENCE) == CLEAN
+def test_one_that_wakes_says_hello_again(program: Path) -> None:
+    with Host(program) as host:
+        host.say(HELLO, PAUSE)
+        first, _ = host.hear(FrameType.HELLO, FrameType.PAUSE)
+        for _ in range(3):
+            host.say(WAKING, PAUSE)
+            again, nothing = host.hear(FrameType.HELLO, FrameType.PAUSE)
+            (hello,) = Connection().receive(HEADER.pack(FrameType.HELLO, 0, 0, 0, len(again)) + again)
+            assert hello == Hello(AGENT_KERNEL, ())
+            assert len(again) < len(first)
+            assert nothing == b""
+        host.end()
 
 
-@pytest.mark.parametrize("tag", [Tag.SEED, Tag.CLOCK, Tag.HOSTNAME])
+@pytest.mark.parametrize("tag", [Tag.SEED, Tag.CLOCK, Tag.HOSTNAME, Tag.SHARE])
 def test_what_cannot_be_done_at_waking_is_told(program: Path, tag: Tag) -> None:
-    """(The stand-in for resume.c takes these values alone.)"""
-    wrong = [(each, value[:-1] + b"\1") for each, value in WAKING_FIELDS.items() if each == tag]
-    rest = [(each, value) for each, value in WAKING_FIELDS.items() if each != tag]
-    if tag == Tag.SEED:
-        wrong = [(tag, bytes(63))]
-    ours, theirs = socket.socketpair()
-    ours.settimeout(PATIENCE)
-    connection = Connection()
-    with ours, theirs, spawn(program, "serve", theirs, AGENT_KERNEL) as process:
-        ours.sendall(frame(FrameType.HELLO, 0, fields(*rest, *wrong)))
-        events: list[Event] = []
-        while len(events) < 2:
-            events += connection.receive(ours.recv(65536))
-        assert isinstance(events[0], Hello)
-        number = errno.EPERM if tag == Tag.HOSTNAME else errno.EINVAL
-        assert events[1:] == [Failure(0, number, "hostname", os.strerror(number))]
-        ours.sendall(frame(FrameType.SHUTDOWN, 0))
-        assert process.wait(PATIENCE) == CLEAN
+    """(The stand-in for init.c's part takes these values alone.)"""
+    wrong = {**WAKING_FIELDS, tag: bytes(63) if tag == Tag.SEED else WAKING_FIELDS[tag][:-1] + b"x"}
+    with Host(program) as host:
+        host.say(HELLO, PAUSE, frame(FrameType.HELLO, 0, fields((Tag.SHARE, b"9p:share0:rw:/a"), *wrong.items())))
+        *_, told = host.hear(FrameType.HELLO, FrameType.PAUSE, FrameType.ERROR)
+        number = {Tag.HOSTNAME: errno.EPERM, Tag.SHARE: errno.ENODEV}.get(tag, errno.EINVAL)
+        stage = "shares" if tag == Tag.SHARE else "hostname"
+        assert decode_error(0, told) == Failure(0, number, stage, os.strerror(number))
+        host.end()
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+CHATTER = exec_frame(b"sh", b"-c", b"while echo x; do sleep 0.01; done")
+
+
+def test_one_that_pauses_says_nothing_until_it_goes_on(program: Path) -> None:
+    with Host(program) as host:
+        host.say(HELLO, CHATTER)
+        host.hear(FrameType.HELLO, FrameType.STDOUT)
+        host.pause()
+        assert host.is_silent()
+        host.say(frame(FrameType.RESUME, 0))
+        host.hear(FrameType.STDOUT, FrameType.STDOUT)
+
+
+def test_a_command_goes_on_after_a_pause(program: Path) -> None:
+    with Host(program) as host:
+        host.say(HELLO, exec_frame(b"sh", b"-c", b"read -r line; echo $line"), PAUSE)
+        host.hear(FrameType.HELLO, FrameType.PAUSE)
+        assert host.is_silent()
+        host.say(frame(FrameType.RESUME, 0), frame(FrameType.STDIN, 1, b"text\n"))
+        assert host.hear(FrameType.STDOUT, FrameType.EXIT)[0] == b"text\n"
+        host.end()
+
+
+def test_what_another_host_had_open_is_gone_when_it_wakes(program: Path, tmp_path: Path) -> None:
+    """Commands go on, with their input at its end and their output going nowhere."""
+    lines = f"cat >/dev/null; yes | head -c 1000000; yes | head -c 1000000 >&2; echo done >{tmp_path}/done"
+    listening = socket.create_server(("127.0.0.1", 0))
+    address = f"tcp:127.0.0.1:{listening.getsockname()[1]}".encode()
+    with listening, Host(program) as host:
+        host.say(HELLO, exec_frame(b"sh", b"-c", lines.encode()), frame(FrameType.STDIN, 1, b"half a li"))
+        host.say(frame(FrameType.CONNECT, 2, fields((Tag.ADDRESS, address))))
+        host.hear(FrameType.HELLO)
+        connection, _ = listening.accept()
+        host.pause()
+        assert not (tmp_path / "done").exists()
+        host.say(WAKING, exec_frame(b"echo", b"new"))  # under a number that the other host had in use
+        _, output, _ = host.hear(FrameType.HELLO, FrameType.STDOUT, FrameType.EXIT)
+        assert output == b"new\n"
+        with connection, pytest.raises(ConnectionResetError):
+            connection.recv(1)
+        eventually(lambda: (tmp_path / "done").exists())
+        host.end()
+
+
+def test_a_function_of_the_agent_does_not_outlive_its_host(program: Path) -> None:
+    """It might take the end of its input for the whole."""
+    with Host(program) as host:
+        host.say(HELLO, frame(FrameType.EXEC, 1, fields((Tag.ARG, b"copy"), (Tag.FLAGS, U32.pack(ExecFlag.BUILTIN)))))
+        host.hear(FrameType.HELLO)
+        host.pause()
+        assert len(children(host.process.pid)) == 1
+        host.say(WAKING)
+        host.hear(FrameType.HELLO)
+        eventually(lambda: children(host.process.pid) == [])
+        host.end()
+
+
+def test_a_terminal_hangs_up_when_its_host_is_gone(program: Path, tmp_path: Path) -> None:
+    script = f"trap 'echo hung up >{tmp_path}/told; exit' HUP; echo ready; while :; do sleep 0.05; done"
+    request = encode_exec(Command((b"sh", b"-c", script.encode()), terminal=(24, 80)))
+    with Host(program) as host:
+        host.say(HELLO, frame(FrameType.EXEC, 1, request))
+        host.hear(FrameType.HELLO, FrameType.STDOUT)
+        host.say(PAUSE)
+        host.hear(FrameType.PAUSE)
+        host.say(WAKING)
+        host.hear(FrameType.HELLO)
+        eventually(lambda: (tmp_path / "told").exists())
+        host.end()
 
 
 def test_fields_that_the_agent_does_not_know_are_ignored(program: Path) -> None:

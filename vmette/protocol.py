@@ -72,6 +72,8 @@ class FrameType(IntEnum):
     LISTEN = 14
     OPENED = 15
     ACCEPTED = 16
+    PAUSE = 17
+    RESUME = 18
 
 
 class Tag(IntEnum):
@@ -102,6 +104,7 @@ class Tag(IntEnum):
     SEED = 23
     CLOCK = 24
     HOSTNAME = 25
+    SHARE = 26
 
 
 class ExecFlag(IntFlag):
@@ -231,11 +234,13 @@ class Resume:
     clock: int
     """Nanoseconds since 1970."""
     hostname: str
+    shares: tuple[str, ...] = ()
+    """What it is to mount, as the kernel's command line has it (vmette/vmm/cmdline.py)."""
 
     @classmethod
-    def now(cls, hostname: str) -> Resume:
+    def now(cls, hostname: str, shares: Iterable[str] = ()) -> Resume:
         """For a machine of that name."""
-        return cls(os.urandom(SEED_BYTES), time.time_ns(), hostname)
+        return cls(os.urandom(SEED_BYTES), time.time_ns(), hostname, tuple(shares))
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,12 @@ class Ended:
     stream: int
 
 
-Event = Hello | Failure | Output | Exited | Writable | Opened | Accepted | Ended
+@dataclass(frozen=True)
+class Paused:
+    """The guest says nothing more until :meth:`Connection.resume`."""
+
+
+Event = Paused | Hello | Failure | Output | Exited | Writable | Opened | Accepted | Ended
 
 
 def encode_exec(command: Command, *, announced: bool = False) -> bytes:
@@ -310,7 +320,7 @@ class _Stream:
 
 _LIMITS = {FrameType.STDOUT: MAX_DATA, FrameType.STDERR: MAX_DATA}
 _ANSWERS = {FrameType.ERROR, FrameType.WINDOW, FrameType.EXIT, FrameType.EOF, FrameType.OPENED, FrameType.ACCEPTED}
-_FROM_GUEST = frozenset({FrameType.HELLO, *_ANSWERS, *_LIMITS})
+_FROM_GUEST = frozenset({FrameType.HELLO, FrameType.PAUSE, *_ANSWERS, *_LIMITS})
 
 
 class Connection:
@@ -322,6 +332,9 @@ class Connection:
     def __init__(self, resume: Resume | None = None) -> None:
         self._in = bytearray()
         self._out = bytearray()
+        self._held: bytearray | None = None
+        """What was said since :meth:`pause`."""
+        self._paused = False
         self._streams: dict[int, _Stream] = {}
         self._last_stream = 0
         self._greeted = False
@@ -329,13 +342,15 @@ class Connection:
         if resume is not None:
             fields += [(Tag.SEED, resume.seed), (Tag.CLOCK, U64.pack(resume.clock))]
             fields.append((Tag.HOSTNAME, resume.hostname.encode()))
+            fields += [(Tag.SHARE, os.fsencode(share)) for share in resume.shares]
         self._send(FrameType.HELLO, 0, encode_record(fields))
 
     # --- to the guest
 
     def _send(self, kind: FrameType, stream: int, payload: bytes | memoryview = b"") -> None:
-        self._out += HEADER.pack(kind, 0, 0, stream, len(payload))
-        self._out += payload
+        to = self._out if self._held is None else self._held
+        to += HEADER.pack(kind, 0, 0, stream, len(payload))
+        to += payload
 
     @property
     def outgoing(self) -> bytearray:
@@ -407,6 +422,21 @@ class Connection:
         """Asks the guest to end all commands, sync and power off."""
         self._send(FrameType.SHUTDOWN, 0)
 
+    def pause(self) -> None:
+        """Has the guest fall silent, so that its machine can be saved: :class:`Paused` says when.
+
+        What is said to it from now on is held back until :meth:`resume`.
+        """
+        self._send(FrameType.PAUSE, 0)
+        self._held = bytearray()
+
+    def resume(self) -> None:
+        """Ends a pause."""
+        assert self._held is not None
+        held, self._held, self._paused = self._held, None, False
+        self._send(FrameType.RESUME, 0)
+        self._out += held
+
     def consumed(self, stream: int, channel: Channel, size: int) -> None:
         """Gives `size` bytes of output that have been passed on back to the guest's window. Small ones are gathered."""
         state = self._streams.get(stream)
@@ -450,6 +480,13 @@ class Connection:
             return decode_error(stream, payload)
         if not self._greeted:
             raise ProtocolError("the guest did not say hello")
+        if self._paused:
+            raise ProtocolError("the guest said something in a pause")
+        if kind is FrameType.PAUSE:
+            if self._held is None or stream != 0 or payload:
+                raise ProtocolError("the guest paused and was not asked to")
+            self._paused = True
+            return Paused()
         if kind is FrameType.ACCEPTED:
             return self._take_accepted(stream, payload)
         state = self._streams.get(stream)

@@ -64,6 +64,9 @@ struct stream {
 
     /* A command. */
     pid_t pid;
+    bool builtin;    /* it is a function of this program */
+    bool orphan;     /* its host is another machine's now: nothing is said of it, and its output goes nowhere */
+    uint32_t cgroup; /* the number of its cgroup */
     bool exited;
     int status;
     struct rusage usage;
@@ -91,13 +94,16 @@ struct agent {
     int port;
     int signals;
     bool greeted; /* the host's HELLO has come */
+    bool paused;  /* nothing is said, so that the machine can be saved */
     const char *kernel;
+    waking woken;
     int random; /* /dev/urandom */
     bool shutdown;
     struct place place;
     struct cgroups cgroups;
     struct stream streams[MAX_STREAMS];
     uint32_t accepted; /* the number of the last connection that a listener took */
+    uint32_t cgroup;   /* the number of the last command's cgroup */
     unsigned turn;     /* where the round of output channels goes on, so that none is starved */
     unsigned char out[OUTPUT];
     size_t out_head, out_tail;
@@ -197,8 +203,8 @@ static void answer_exit(struct agent *a, const struct stream *s) {
     put_time(usage + 8, s->usage.ru_stime);
     put64(usage + 16, (uint64_t)s->usage.ru_maxrss * 1024);
     record_add(&r, TAG_USAGE, usage, sizeof usage);
-    if (cgroup_peak(&a->cgroups, s->id, &peak)) record_add64(&r, TAG_PEAK, peak);
-    if (cgroup_oom_kills(&a->cgroups, s->id, &kills)) record_add32(&r, TAG_OOM_KILLS, kills);
+    if (cgroup_peak(&a->cgroups, s->cgroup, &peak)) record_add64(&r, TAG_PEAK, peak);
+    if (cgroup_oom_kills(&a->cgroups, s->cgroup, &kills)) record_add32(&r, TAG_OOM_KILLS, kills);
     answer_record(a, &r, FRAME_EXIT, s->id);
 }
 
@@ -220,7 +226,7 @@ static void flush(struct agent *a) {
 
 static struct stream *find_stream(struct agent *a, uint32_t id) {
     for (int i = 0; i < MAX_STREAMS; i++)
-        if (id != 0 && a->streams[i].id == id) return &a->streams[i];
+        if (id != 0 && a->streams[i].id == id && !a->streams[i].orphan) return &a->streams[i];
     return NULL;
 }
 
@@ -316,9 +322,11 @@ static bool pump_output(struct agent *a, struct stream *s, int index) {
         end_output(a, s, index, n < 0 ? errno : 0);
         return true;
     }
-    put_header(frame, index == 0 ? FRAME_STDOUT : FRAME_STDERR, s->id, (uint32_t)n);
-    a->out_tail += HEADER + (size_t)n;
-    c->window -= (uint32_t)n;
+    if (!s->orphan) {
+        put_header(frame, index == 0 ? FRAME_STDOUT : FRAME_STDERR, s->id, (uint32_t)n);
+        a->out_tail += HEADER + (size_t)n;
+        c->window -= (uint32_t)n;
+    }
     c->owed -= c->owed < (uint32_t)n ? c->owed : (uint32_t)n;
     return true;
 }
@@ -392,6 +400,7 @@ static void pump_stdin(struct agent *a, struct stream *s) {
         s->stdin_passed += (uint32_t)n;
     }
     if (s->stdin_fd >= 0 && s->stdin_eof && s->stdin_used == 0) end_stdin(s);
+    if (s->orphan) return;
     /* Give back in large pieces, so that the host is not flooded with small ones. */
     if (can_answer(a) && (s->stdin_passed >= INITIAL_WINDOW / 4 || (s->stdin_passed > 0 && s->stdin_used == 0))) {
         answer_window(a, s->id, s->stdin_passed);
@@ -415,18 +424,20 @@ static bool start_command(struct agent *a, uint32_t id, const unsigned char *pay
         stage = "flags";
     }
     a->place.cgroup = -1;
-    if (error == 0 && a->cgroups.parent >= 0 && (a->place.cgroup = cgroup_make(&a->cgroups, id)) < 0) {
+    if (error == 0 && a->cgroups.parent >= 0 && (a->place.cgroup = cgroup_make(&a->cgroups, ++a->cgroup)) < 0) {
         error = errno;
         stage = "cgroup";
     }
     if (error == 0) error = start_child(&command, &a->place, &child, &stage);
     if (error != 0) {
-        if (a->place.cgroup >= 0) cgroup_remove(&a->cgroups, id);
+        if (a->place.cgroup >= 0) cgroup_remove(&a->cgroups, a->cgroup);
         answer_error(a, id, error, stage);
     } else {
         open_stream(s, id, COMMAND);
         s->pid = child.pid;
         s->started = child.started;
+        s->cgroup = a->cgroup;
+        s->builtin = command.flags & EXEC_BUILTIN;
         s->announced = command.flags & EXEC_ANNOUNCED;
         s->terminal = child.terminal;
         s->stdin_fd = child.stdin_fd;
@@ -451,8 +462,8 @@ static void finish_start(struct agent *a, struct stream *s) {
     }
     if (s->pid == a->place.init) leave_init(&a->place);
     failure.stage[sizeof failure.stage - 1] = 0;
-    answer_error(a, s->id, failure.error, failure.stage);
-    cgroup_remove(&a->cgroups, s->id);
+    if (!s->orphan) answer_error(a, s->id, failure.error, failure.stage);
+    cgroup_remove(&a->cgroups, s->cgroup);
     free_stream(s); /* the child is reaped like any orphan */
 }
 
@@ -460,15 +471,15 @@ static void finish_command(struct agent *a, struct stream *s) {
     if (s->started >= 0) finish_start(a, s);
     if (s->id == 0 || s->started >= 0 || !s->exited) return;
     if (!drained(&s->out[0]) || !drained(&s->out[1]) || !can_answer(a)) return;
-    answer_exit(a, s);
-    cgroup_remove(&a->cgroups, s->id);
+    if (!s->orphan) answer_exit(a, s);
+    cgroup_remove(&a->cgroups, s->cgroup);
     free_stream(s);
 }
 
 /* The number of a process that is not reaped is not given to another, so this never hits a stranger. */
 static void send_signal(struct agent *a, const struct stream *s, int number, unsigned flags) {
     if (flags & SIGNAL_ALL) {
-        cgroup_kill(&a->cgroups, s->id);
+        cgroup_kill(&a->cgroups, s->cgroup);
         number = SIGKILL; /* for one who has left the cgroup, as the guest's root can, or where there is none */
     }
     if (s->exited) return;
@@ -602,9 +613,8 @@ static void pump_listener(struct agent *a, struct stream *listener) {
     }
 }
 
-/* SIGNAL with SIGKILL for a connection or a listener. */
-static void kill_socket_stream(struct agent *a, struct stream *s) {
-    answer_end(a, s->id, TAG_SIGNAL, SIGKILL);
+/* Ends a connection, which breaks for its peer, or a listener. */
+static void cut_off(struct stream *s) {
     if (s->kind == CONNECTION) {
         int fd = s->stdin_fd >= 0 ? s->stdin_fd : s->out[0].fd;
         s->stdin_fd = s->out[0].fd = -1;
@@ -630,20 +640,29 @@ static void greet(struct agent *a, const struct milestone *milestones, size_t co
     answer_record(a, &r, FRAME_HELLO, 0);
 }
 
-static bool a_stream_is_open(const struct agent *a) {
-    for (int i = 0; i < MAX_STREAMS; i++)
-        if (a->streams[i].id != 0) return true;
-    return false;
+/* Ends what a host that is another machine's now had open. A terminal hangs up, and a function of the agent is killed,
+ * which might take the end of its input for the whole; other commands go on, with nothing more to read. */
+static void leave_host(struct agent *a, struct stream *s) {
+    if (s->kind == COMMAND && s->terminal < 0 && !s->builtin) {
+        s->orphan = true;
+        s->announced = false;
+        s->out[0].window = s->out[1].window = INITIAL_WINDOW;
+        drop_stdin(s);
+        return;
+    }
+    if (s->kind == COMMAND && s->builtin) send_signal(a, s, SIGKILL, SIGNAL_ALL);
+    if (s->kind == COMMAND) cgroup_remove(&a->cgroups, s->cgroup);
+    cut_off(s);
 }
 
-/* The first frame of a host; another one may come when the machine has been saved and woken since. */
+/* The first frame of a host; another one comes from the next, once the machine has been saved and woken. */
 static bool take_hello(struct agent *a, const unsigned char *payload, size_t size) {
     const unsigned char *data;
     size_t length;
     uint32_t tag;
     int more;
     bool spoken = false;
-    char hostname[HOST_NAME_MAX + 1];
+    char texts[2 * MAX_CONTROL], *room = texts; /* a field's header has room for the zero at its end */
     struct resume resume = {0};
     const char *stage;
     while ((more = next_field(&payload, &size, &tag, &data, &length)) > 0) {
@@ -653,21 +672,37 @@ static bool take_hello(struct agent *a, const unsigned char *payload, size_t siz
             resume.seed_size = length;
         }
         if (tag == TAG_CLOCK && length == 8) resume.clock = get64(data);
-        if (tag == TAG_HOSTNAME && length < sizeof hostname && memchr(data, 0, length) == NULL) {
-            memcpy(hostname, data, length);
-            hostname[length] = 0;
-            resume.hostname = hostname;
-        }
+        if (tag != TAG_HOSTNAME && tag != TAG_SHARE) continue;
+        if (memchr(data, 0, length) != NULL) return false;
+        char *text = room;
+        memcpy(text, data, length);
+        text[length] = 0;
+        room += length + 1;
+        if (tag == TAG_HOSTNAME) resume.hostname = text;
+        if (tag == TAG_SHARE && resume.share_count == RESUME_SHARES) return false;
+        if (tag == TAG_SHARE) resume.shares[resume.share_count++] = text;
     }
-    if (more != 0 || !spoken || (a->greeted && (resume.seed == NULL || a_stream_is_open(a)))) return false;
+    if (more != 0 || !spoken || a->paused != (resume.seed != NULL) || (a->greeted && !a->paused)) return false;
     a->greeted = true;
-    if (resume.seed == NULL) return true;
-    int error = resume_machine(&resume, a->random, &stage);
+    if (!a->paused) return true;
+    a->paused = false;
+    for (int i = 0; i < MAX_STREAMS; i++)
+        if (a->streams[i].id != 0) leave_host(a, &a->streams[i]);
+    int error = a->woken(&resume, a->random, &stage);
     if (error != 0)
         answer_error(a, 0, error, stage);
     else
         greet(a, NULL, 0);
     return true;
+}
+
+/* PAUSE. What there is to say is said, and then that there is no more: a host that has heard it, and says nothing either,
+ * can save the machine with no frame half on its way. */
+static bool take_pause(struct agent *a) {
+    unsigned char frame[HEADER];
+    put_header(frame, FRAME_PAUSE, 0, 0);
+    answer(a, frame, sizeof frame);
+    return a->paused = true;
 }
 
 static bool take_stdin(struct stream *s, const unsigned char *data, size_t length) {
@@ -717,13 +752,15 @@ static bool take_window(struct stream *s, const unsigned char *payload, size_t s
     return true;
 }
 
-static bool take_signal(struct agent *a, struct stream *s, const unsigned char *payload, size_t size) {
+static bool take_signal(struct agent *a, uint32_t id, struct stream *s, const unsigned char *payload, size_t size) {
     if (size != 2 || payload[0] < 1 || payload[0] > 64) return false;
     if (s == NULL) return true;
-    if (s->kind == COMMAND)
+    if (s->kind == COMMAND) {
         send_signal(a, s, payload[0], payload[1]);
-    else if (payload[0] == SIGKILL)
-        kill_socket_stream(a, s);
+    } else if (payload[0] == SIGKILL) {
+        answer_end(a, id, TAG_SIGNAL, SIGKILL);
+        cut_off(s);
+    }
     return true;
 }
 
@@ -738,12 +775,20 @@ static bool take_resize(const struct stream *s, const unsigned char *payload, si
 static bool take_frame(struct agent *a, int type, uint32_t id, const unsigned char *payload, size_t size) {
     struct stream *s = find_stream(a, id);
     if (type == FRAME_HELLO || !a->greeted) return type == FRAME_HELLO && id == 0 && take_hello(a, payload, size);
-    if ((type == FRAME_SHUTDOWN) != (id == 0)) return false;
+    if (a->paused && type != FRAME_RESUME && type != FRAME_SHUTDOWN) return false;
+    if ((type == FRAME_SHUTDOWN || type == FRAME_PAUSE || type == FRAME_RESUME) != (id == 0)) return false;
     const bool opens = s == NULL && !(id & from_guest);
     switch (type) {
         case FRAME_SHUTDOWN:
             a->shutdown = true;
             return size == 0;
+        case FRAME_PAUSE:
+            return size == 0 && take_pause(a);
+        case FRAME_RESUME: {
+            const bool paused = a->paused;
+            a->paused = false;
+            return size == 0 && paused;
+        }
         case FRAME_EXEC:
             return opens && start_command(a, id, payload, size);
         case FRAME_CONNECT:
@@ -757,7 +802,7 @@ static bool take_frame(struct agent *a, int type, uint32_t id, const unsigned ch
         case FRAME_WINDOW:
             return take_window(s, payload, size);
         case FRAME_SIGNAL:
-            return take_signal(a, s, payload, size);
+            return take_signal(a, id, s, payload, size);
         case FRAME_RESIZE:
             return take_resize(s, payload, size);
         default:
@@ -861,7 +906,7 @@ static void wait_for_work(struct agent *a) {
     poll_fd(&p, a->port, (short)((answers ? POLLIN : 0) | (a->out_head < a->out_tail ? POLLOUT : 0)), NULL);
     poll_fd(&p, a->signals, POLLIN, NULL);
     for (int i = 0; i < MAX_STREAMS; i++)
-        if (a->streams[i].id != 0) poll_stream(&p, &a->streams[i], room, answers, slot);
+        if (a->streams[i].id != 0 && !a->paused) poll_stream(&p, &a->streams[i], room, answers, slot);
     if (poll(p.fds, p.count, -1) <= 0) return;
     for (nfds_t i = 0; i < p.count; i++)
         if (p.ready[i] != NULL && p.fds[i].revents != 0) *p.ready[i] = true;
@@ -883,6 +928,14 @@ static void finish_stream(struct agent *a, struct stream *s) {
     if (s->kind == CONNECTION) finish_connection(a, s);
 }
 
+static void pump(struct agent *a) {
+    for (int i = 0; i < MAX_STREAMS; i++)
+        if (a->streams[i].id != 0) pump_stream(a, &a->streams[i]);
+    pump_outputs(a);
+    for (int i = 0; i < MAX_STREAMS; i++)
+        if (a->streams[i].id != 0) finish_stream(a, &a->streams[i]);
+}
+
 /* Out of the OOM killer's sight, and with as many descriptors as there may be: those of all streams are more than the
  * usual limit, and more than what init may have set for commands. */
 static void prepare_self(struct agent *a) {
@@ -901,7 +954,7 @@ static void prepare_self(struct agent *a) {
     cgroups_open(&a->cgroups);
 }
 
-int agent_serve(int port, const char *kernel, const struct milestone *milestones, size_t count) {
+int agent_serve(int port, const char *kernel, const struct milestone *milestones, size_t count, waking woken) {
     static struct agent agent; /* large: not for the stack */
     struct agent *a = &agent;
     sigset_t child;
@@ -913,6 +966,7 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
     prepare_self(a);
     a->port = port;
     a->kernel = kernel;
+    a->woken = woken;
     a->signals = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
     fcntl(port, F_SETFL, O_NONBLOCK);
     greet(a, milestones, count);
@@ -920,11 +974,7 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
     while (good && !a->shutdown) {
         good = take_large(a) && take_input(a);
         if (!good || a->shutdown) break;
-        for (int i = 0; i < MAX_STREAMS; i++)
-            if (a->streams[i].id != 0) pump_stream(a, &a->streams[i]);
-        pump_outputs(a);
-        for (int i = 0; i < MAX_STREAMS; i++)
-            if (a->streams[i].id != 0) finish_stream(a, &a->streams[i]);
+        if (!a->paused) pump(a);
         /* All of the above is done before the wait, which knows of no work that is left. What waits for room is left
          * if the port takes nothing, and then poll tells when it does; otherwise it is done now. */
         bool full = !can_answer(a);

@@ -148,7 +148,7 @@ struct plan {
     bool root_read_only;
     const char *scratch;
     const char *hostname;
-    char *net;
+    const char *net;
     unsigned long pids, nofile; /* 0: as it is by default */
     bool helpers;
     struct share rosetta;
@@ -351,9 +351,8 @@ static void enter_dir(const char *path) {
     }
 }
 
-static void mount_shares(const struct plan *plan) {
-    for (size_t i = 0; i < plan->share_count; i++) {
-        const struct share *s = &plan->shares[i];
+static void mount_shares(const struct share *shares, size_t count) {
+    for (const struct share *s = shares; s < shares + count; s++) {
         char usual[128];
         snprintf(usual, sizeof usual, "/mnt/%s", s->tag);
         if (s->target != NULL) {
@@ -474,19 +473,41 @@ static void write_resolv_conf(const struct lease *lease) {
     close(fd);
 }
 
-static void start_network(const struct plan *plan) {
+static void start_network(const struct plan *plan, const char *(*up)(const char *how, struct lease *lease)) {
     struct lease lease;
-    const char *problem = loopback_up();
-    if (problem == NULL && plan->net != NULL) problem = network_up(plan->net, &lease);
+    const char *problem = plan->net != NULL ? up(plan->net, &lease) : NULL;
     if (problem != NULL) fail("network", "%s", problem);
     if (plan->net != NULL) write_resolv_conf(&lease);
+}
+
+static void lock_root(const struct plan *plan, unsigned long flag) {
+    if (plan->root_read_only && mount(NULL, "/", NULL, MS_REMOUNT | flag, NULL) != 0)
+        fail("mount", "cannot make the root filesystem %s", flag != 0 ? "read-only" : "ready");
+}
+
+/* --- Its start, and how it goes on elsewhere ------------------------------------------------------------------------- */
+
+static struct plan plan;
+
+/* See `waking`. What cannot be done is told as at a boot, where it is of the same kind. */
+static int wake(const struct resume *resume, int random, const char **stage) {
+    struct share shares[RESUME_SHARES];
+    for (size_t i = 0; i < resume->share_count; i++) shares[i] = parse_share(resume->shares[i]);
+    umask(0);
+    lock_root(&plan, 0);
+    int error = resume_machine(resume, random, stage);
+    if (error != 0) return error;
+    start_network(&plan, network_again);
+    mount_shares(shares, resume->share_count);
+    lock_root(&plan, MS_RDONLY);
+    umask(022);
+    return 0;
 }
 
 int main(void) {
     reached("init");
     umask(0);
     mount_kernel();
-    static struct plan plan;
     read_plan(&plan);
     if (plan.helpers) open_helpers();
     if (plan.rosetta.tag != NULL) register_rosetta(&plan.rosetta);
@@ -494,14 +515,15 @@ int main(void) {
     reached("root");
     enter_root();
     mount_system(&plan);
-    mount_shares(&plan);
+    mount_shares(plan.shares, plan.share_count);
     if (plan.helpers) install_helpers();
     limit_commands(&plan);
     limit_helpers();
-    start_network(&plan);
+    const char *problem = loopback_up();
+    if (problem != NULL) fail("network", "%s", problem);
+    start_network(&plan, network_up);
     write_hosts(plan.hostname);
-    if (plan.root_read_only && mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL) != 0)
-        fail("mount", "cannot make the root filesystem read-only");
+    lock_root(&plan, MS_RDONLY);
     umask(022);
     reached("ready");
     if (!wait_for_port()) fail("control", "there is no port named vmette.control");
@@ -510,6 +532,6 @@ int main(void) {
     reached("port");
     struct utsname name;
     uname(&name);
-    agent_serve(port, name.release, milestones, milestone_count);
+    agent_serve(port, name.release, milestones, milestone_count, wake);
     power_off();
 }

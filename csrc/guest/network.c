@@ -8,9 +8,11 @@
 #include <net/route.h>
 #include <netpacket/packet.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -29,11 +31,13 @@ static struct ifreq about(const char *device) {
     return request;
 }
 
-static bool bring_up(int fd, const char *device) {
+static bool set_flags(int fd, const char *device, short flags) {
     struct ifreq request = about(device);
-    request.ifr_flags = IFF_UP | IFF_RUNNING;
+    request.ifr_flags = flags;
     return ioctl(fd, SIOCSIFFLAGS, &request) == 0;
 }
+
+static bool bring_up(int fd, const char *device) { return set_flags(fd, device, IFF_UP | IFF_RUNNING); }
 
 const char *loopback_up(void) {
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
@@ -103,11 +107,12 @@ static const char *configure(int fd, const struct lease *lease) {
     return NULL;
 }
 
-const char *network_up(char *how, struct lease *lease) {
+const char *network_up(const char *how, struct lease *lease) {
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (fd < 0 || !bring_up(fd, card)) return "cannot bring up the network card";
     memset(lease, 0, sizeof *lease);
-    char *dns = how;
+    char text[128], *dns = text;
+    snprintf(text, sizeof text, "%s", how);
     const char *problem = NULL;
     if (strcmp(strsep(&dns, ","), "dhcp") == 0) {
         problem = ask_dhcp(fd, lease);
@@ -118,11 +123,24 @@ const char *network_up(char *how, struct lease *lease) {
     } else {
         if (dns != NULL) dns[-1] = ','; /* what strsep cut */
         errno = EINVAL;
-        if (!parse_static(how, lease)) problem = "vmette.net is malformed: it is dhcp or ADDRESS/LENGTH,ROUTER,DNS";
+        if (!parse_static(text, lease)) problem = "vmette.net is malformed: it is dhcp or ADDRESS/LENGTH,ROUTER,DNS";
     }
     if (problem == NULL) problem = configure(fd, lease);
     int error = errno;
     close(fd);
     errno = error;
     return problem;
+}
+
+const char *network_again(const char *how, struct lease *lease) {
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    struct ifreq request = about(card);
+    unsigned char *address = (unsigned char *)request.ifr_hwaddr.sa_data;
+    bool done = fd >= 0 && set_flags(fd, card, 0) && ioctl(fd, SIOCGIFHWADDR, &request) == 0 &&
+                getrandom(address + 3, 3, 0) == 3 && /* the first half stays: QEMU's, or locally administered */
+                ioctl(fd, SIOCSIFHWADDR, &request) == 0;
+    int error = errno;
+    close(fd);
+    errno = error;
+    return done ? network_up(how, lease) : "cannot give the network card another address";
 }

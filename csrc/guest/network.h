@@ -10,6 +10,10 @@ const char *loopback_up(void);
 
 /* Brings up the network card with the address that `how` says: `dhcp`, or `dhcp,DNS` to ask another name server than the
  * answer names, or `ADDRESS/LENGTH,ROUTER,DNS`. The lease is then what is in force. */
-const char *network_up(char *how, struct lease *lease);
+const char *network_up(const char *how, struct lease *lease);
+
+/* The same, of a machine that has woken: its card gets another address of its own first, and what it knew of the network
+ * is forgotten. */
+const char *network_again(const char *how, struct lease *lease);
 
 #endif

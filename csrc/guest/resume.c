@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -50,6 +51,26 @@ static int reseed(int random, const unsigned char *seed, size_t size) {
     return result;
 }
 
+/* Where the root has a machine's identity (machine-id(5)), it is another one now. */
+static int identify_machine(void) {
+    static const char path[] = "/etc/machine-id";
+    unsigned char bytes[16];
+    char text[2 * sizeof bytes + 2];
+    struct stat st;
+    if (lstat(path, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size < (off_t)(2 * sizeof bytes)) return 0;
+    if (getrandom(bytes, sizeof bytes, 0) != (ssize_t)sizeof bytes) return errno;
+    bytes[6] = (bytes[6] & 0x0f) | 0x40; /* a UUID of version 4, as systemd makes it */
+    bytes[8] = (bytes[8] & 0x3f) | 0x80;
+    for (size_t i = 0; i < sizeof bytes; i++) snprintf(text + 2 * i, 3, "%02x", bytes[i]);
+    text[2 * sizeof bytes] = '\n';
+    int fd = open_own(path);
+    if (fd < 0) return errno == ENOTDIR || errno == EROFS ? 0 : errno;
+    bool written = write(fd, text, 2 * sizeof bytes + 1) == (ssize_t)(2 * sizeof bytes + 1);
+    int error = written ? 0 : errno;
+    close(fd);
+    return error;
+}
+
 int resume_machine(const struct resume *resume, int random, const char **stage) {
     const struct timespec clock = {(time_t)(resume->clock / 1000000000), (long)(resume->clock % 1000000000)};
     int error = reseed(random, resume->seed, resume->seed_size);
@@ -58,5 +79,7 @@ int resume_machine(const struct resume *resume, int random, const char **stage) 
     *stage = "clock";
     if (resume->clock != 0 && clock_settime(CLOCK_REALTIME, &clock) != 0) return errno;
     *stage = "hostname";
-    return resume->hostname != NULL ? name_machine(resume->hostname) : 0;
+    if (resume->hostname != NULL && (error = name_machine(resume->hostname)) != 0) return error;
+    *stage = "machine-id";
+    return identify_machine();
 }

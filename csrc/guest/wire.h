@@ -22,7 +22,9 @@ enum frame_type {
     FRAME_CONNECT,
     FRAME_LISTEN,
     FRAME_OPENED,
-    FRAME_ACCEPTED
+    FRAME_ACCEPTED,
+    FRAME_PAUSE,
+    FRAME_RESUME
 };
 
 enum tag {
@@ -50,7 +52,8 @@ enum tag {
     TAG_TARGET,
     TAG_SEED,
     TAG_CLOCK,
-    TAG_HOSTNAME
+    TAG_HOSTNAME,
+    TAG_SHARE
 };
 
 /* FLAGS of EXEC. */

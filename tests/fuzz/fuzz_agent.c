@@ -27,7 +27,6 @@
 #include "agent.h"
 #include "builtins.h"
 #include "command.h"
-#include "resume.h"
 #include "script.h"
 #include "wire.h"
 
@@ -70,9 +69,11 @@ int builtin_run(char **argv) {
 
 static unsigned wakes; /* how often the agent has yet to say hello once more */
 
-int resume_machine(const struct resume *resume, int random, const char **stage) {
+static int woken(const struct resume *resume, int random, const char **stage) {
     const bool good = resume->seed_size == 0 || resume->seed[0] != 0;
-    if (resume->hostname != NULL && strlen(resume->hostname) > 64) complain("the agent takes a name that is none");
+    if (resume->hostname != NULL && strlen(resume->hostname) > MAX_CONTROL) complain("the agent wakes with half a name");
+    for (size_t i = 0; i < resume->share_count; i++)
+        if (strlen(resume->shares[i]) > MAX_CONTROL) complain("the agent wakes with half a share");
     (void)random;
     *stage = "entropy";
     wakes += good;
@@ -148,6 +149,9 @@ static struct {
     uint8_t bytes[1 << 18];
     size_t size, heard, told; /* all; what the agent has of that; and what of that has been looked at */
     bool asked_to_end, gone;
+    unsigned pauses; /* how often the agent has yet to say that it pauses */
+    bool paused;     /* it has, and may say nothing */
+    bool hasty;      /* it was woken before it had: what it had to say still comes, for streams that are no more */
 } host;
 
 /* The host says what is in the script. A frame that is cut off there goes on with x, if it may be so long: so there are
@@ -157,7 +161,8 @@ static void prepare_host(void) {
     size_t at = 0, whole = 0;
     host.size = script.size < most ? script.size : most;
     host.heard = host.told = 0;
-    host.asked_to_end = host.gone = false;
+    host.asked_to_end = host.gone = host.paused = host.hasty = false;
+    host.pauses = 0;
     memcpy(host.bytes, script.bytes, host.size);
     while (host.size - at >= HEADER && (whole = HEADER + (size_t)get32(host.bytes + at + 8)) <= host.size - at)
         at += whole;
@@ -181,6 +186,12 @@ static void open_peer(uint32_t id) {
     peer->credit[2] += INITIAL_WINDOW;
 }
 
+static void look_at_wake(void) {
+    host.hasty |= !host.paused;
+    host.paused = false;
+    for (size_t i = 0; i < peer_count; i++) peers[i].open = 0;
+}
+
 static void look_at_host(void) {
     while (host.heard - host.told >= HEADER) {
         const uint8_t *h = host.bytes + host.told, *payload = h + HEADER;
@@ -188,6 +199,10 @@ static void look_at_host(void) {
         if (size > host.heard - host.told - HEADER) return;
         host.told += HEADER + size;
         if (h[0] == FRAME_SHUTDOWN) host.asked_to_end = true;
+        if (h[0] == FRAME_PAUSE) host.pauses++;
+        if (h[0] == FRAME_RESUME) host.hasty |= !host.paused;
+        if (h[0] == FRAME_RESUME) host.paused = false;
+        if (h[0] == FRAME_HELLO && host.told > HEADER + size) look_at_wake();
         if (h[0] == FRAME_EXEC || h[0] == FRAME_CONNECT || h[0] == FRAME_LISTEN) open_peer(id);
         if (h[0] == FRAME_STDIN) peer_of(id)->credit[0] += size;
         if (h[0] == FRAME_WINDOW && size == 5 && payload[0] < 3) peer_of(id)->credit[payload[0]] += get32(payload + 1);
@@ -240,12 +255,19 @@ static void look_at_frame(enum frame_type type, uint32_t id, const uint8_t *payl
     const bool again = greeted && type == FRAME_HELLO && wakes > 0;
     wakes -= again;
     if (greeted == (type == FRAME_HELLO) && !again) complain("the agent does not say hello once and first");
+    if (host.paused && type != FRAME_HELLO && type != FRAME_ERROR) complain("the agent does not pause");
+    if (id == 0 && type == FRAME_PAUSE) {
+        if (host.pauses-- == 0 || size != 0) complain("the agent pauses and was not asked to");
+        host.paused = !host.hasty;
+        return;
+    }
     if (id == 0) {
         if (type != FRAME_HELLO && type != FRAME_ERROR) complain("the agent sends on stream 0");
         look_at_record(payload, size, TAG_VERSION);
         greeted = true;
         return;
     }
+    if (host.hasty) return;
     struct peer *peer = peer_of(id);
     if (type == FRAME_ACCEPTED) {
         if (peer->open > 0 || !(id & from_guest)) complain("the agent accepts under a number that is not free");
@@ -593,7 +615,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     idle = 0;
     const int port = new_file(PORT);
     running = true;
-    int result = agent_serve(port, "fuzz", milestones, sizeof milestones / sizeof *milestones);
+    int result = agent_serve(port, "fuzz", milestones, sizeof milestones / sizeof *milestones, woken);
     running = false;
     if (result == 0 && !host.asked_to_end && !host.gone) complain("the agent ends unasked");
     if (result != 0 && !host.gone && last_said != FRAME_ERROR) complain("the agent does not tell why it ends");

@@ -8,7 +8,7 @@ import struct
 import tarfile
 from random import Random
 
-from tests.agent_harness import HELLO, WAKING, exec_frame, fields, frame
+from tests.agent_harness import HELLO, PAUSE, WAKING, exec_frame, fields, frame
 from tests.test_dhcp import ACK, NAK, Answer
 from vmette.config import Command
 from vmette.protocol import (
@@ -79,8 +79,9 @@ def agent() -> list[bytes]:
     larger = frame(FrameType.EXEC, 1, argument, length=len(argument) + MAX_DATA)
     mixed = [bytes(Random(seed).choices((0, 0, 3, 16, 40, 112, 200), k=300)) for seed in range(3)]
     return [
-        script(b"", WAKING + shutdown),
-        script(b"", HELLO + commands + WAKING + shutdown),
+        script(b"", HELLO + PAUSE + WAKING + shutdown),
+        script(b"", HELLO + commands + PAUSE + WAKING + commands + shutdown),
+        *(script(each, HELLO + commands + PAUSE + frame(FrameType.RESUME, 0) + shutdown) for each in mixed),
         *(script(each, HELLO + session) for session in (large, larger) for each in (b"", *mixed)),
         *(script(each, HELLO + session + shutdown) for session in sessions for each in (b"", *mixed)),
     ]
