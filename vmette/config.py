@@ -291,21 +291,33 @@ class Saved:
     """Where a machine has been saved, or is to be: a directory with its memory and the state of its devices."""
 
     directory: Path
+    memory: int | None = None
+    """A descriptor of its memory, where that is in no file of the directory."""
 
     @property
     def ram(self) -> Path:
-        """Its memory, as large as it is, with holes."""
+        """Its memory, as large as it is, with holes. With Virtualization.framework there is none."""
         return self.directory / "ram"
 
     @property
     def state(self) -> Path:
-        """All else; with Virtualization.framework, all."""
+        """The state of its devices; with Virtualization.framework, all."""
         return self.directory / "state"
+
+    @property
+    def scratch(self) -> Path:
+        """Its scratch disk, if it has one."""
+        return self.directory / "scratch"
 
     @property
     def identifier(self) -> Path:
         """With Virtualization.framework, who the machine is."""
         return self.directory / "identifier"
+
+    @property
+    def parts(self) -> list[Path]:
+        """Those of these files that are there."""
+        return [path for path in (self.ram, self.state, self.scratch, self.identifier) if path.exists()]
 
 
 @dataclass(frozen=True)
@@ -343,10 +355,12 @@ class MachineConfig:
     initramfs: Path | None = None
     cmdline: str = ""
     """More kernel parameters, after ours."""
+    savable: bool = False
+    """It may be saved."""
+    shares_later: bool = False
+    """It is to be saved before it has mounted its shares: what wakes from it has others."""
     saved: Saved | None = None
     """Go on from there, in a copy, in place of a boot."""
-    to_save: Saved | None = None
-    """It is to be saved there: its memory is in that file from the start."""
     arch: str = field(default_factory=assets.host_arch)
     accel: str = "auto"
 

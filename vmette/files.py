@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,3 +51,56 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(staging).unlink(missing_ok=True)
         raise
+
+
+PIECE = 1 << 16
+"""Bytes that are looked at, and left out if they are zeros, at once."""
+
+
+def pieces(fd: int) -> Iterator[tuple[int, bytes]]:
+    """What is in a file, but for zeros: pieces that start at multiples of :data:`PIECE`, and where they do.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size, at, zeros = os.fstat(fd).st_size, 0, bytes(PIECE)
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # there are no more data
+                return
+            raise
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        at = start // PIECE * PIECE
+        while at < end:
+            piece = os.pread(fd, PIECE, at)
+            if piece != zeros[: len(piece)]:
+                yield at, piece
+            at += PIECE
+
+
+def copy_with_holes(source: int, target: int) -> None:
+    """Makes the empty file `target` as large as `source` and copies all but zeros.
+
+    Raises:
+        OSError: one cannot be read, or the other not written.
+    """
+    os.ftruncate(target, os.fstat(source).st_size)
+    for at, piece in pieces(source):
+        left = memoryview(piece)
+        while left:
+            written = os.pwrite(target, left, at)
+            left, at = left[written:], at + written
+
+
+def checksum(fd: int) -> int:
+    """A CRC-32 of what is in a file, but for zeros, and where it is.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    value = 0
+    for at, piece in pieces(fd):
+        value = zlib.crc32(piece, zlib.crc32(at.to_bytes(8, "little"), value))
+    return value

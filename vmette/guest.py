@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .config import Command
+from .config import Command, MachineConfig, Saved
 from .errors import CommandNotStarted, GuestError, ProtocolError, SandboxClosed, SandboxTimeout, VmetteError, VmmError
 from .linux import strerror
 from .polling import new_poll
@@ -28,6 +28,7 @@ from .protocol import (
     Hello,
     Opened,
     Output,
+    Paused,
     SignalFlag,
 )
 from .providers.base import Cancelled
@@ -44,6 +45,8 @@ STOP_SECONDS = 10.0
 """What a command has, once its time is over, to act on the signal that its image asks for: Docker's default."""
 KILL_SECONDS = 30.0
 """What a guest has to end a command that it is told to kill: one that cannot is of no more use."""
+PAUSE_SECONDS = 10.0
+"""What a guest has to fall silent."""
 CRIPPLED_SECONDS = 1.0
 """A VM that ends takes its file servers along; if it has not ended by then, a file server went alone."""
 CANCEL_SECONDS = 0.1
@@ -166,6 +169,7 @@ class Guest:
         self._connection = Connection(machine.resume)
         self._streams: dict[int, Stream] = {}
         self._listeners: dict[int, Listener] = {}
+        self._pauses = self._paused = False
         self.kernel: str | None = None
         """The release of the guest's kernel; None until it is up."""
         self._crippled: float | None = None
@@ -194,18 +198,38 @@ class Guest:
         self.close()
 
     @property
+    def config(self) -> MachineConfig:
+        """What its machine is made of."""
+        return self._machine.config
+
+    @property
     def vsock(self) -> VsockDevice | None:
         """The machine's vsock device, if it has one."""
         return self._machine.vsock
 
-    def save(self) -> None:
-        """Saves the machine, in which no command runs, where its configuration says, and leaves it at that.
+    def save(self, to: Saved, *, last: bool = False) -> None:
+        """Saves the machine, which stands still meanwhile; and after it if that is the `last` that it is to do.
 
         Raises:
-            VmmError: it cannot be saved.
+            VmmError: it cannot be saved, or does not go on.
+            GuestError: the guest does not pause.
+            OSError: the files of `to` cannot be written.
         """
-        self.turn_until(lambda: not self._connection.outgoing)
-        self._machine.save()
+        self._pauses = True
+        self._paused = False
+        self._connection.pause()
+        try:
+            self.turn_until(lambda: self._paused, time.monotonic() + PAUSE_SECONDS)
+        except SandboxTimeout:
+            raise GuestError(f"the guest did not pause within {PAUSE_SECONDS:g} seconds") from None
+        finally:
+            self._pauses = False
+        try:
+            self._machine.save(to)
+        finally:
+            if not last:
+                self._machine.go_on()
+                self._connection.resume()
 
     def close(self) -> None:
         """Ends the VM, now."""
@@ -504,6 +528,10 @@ class Guest:
     def _take(self, event: Event) -> None:
         if isinstance(event, Hello):
             self._greeted(event)
+        elif isinstance(event, Paused):
+            self._paused = True
+            if not self._pauses:  # nobody waits for it any more
+                self._connection.resume()
         elif isinstance(event, Failure) and event.stream == 0:
             reason = f"{event.text}: {strerror(event.errno)}" if event.errno else event.text
             raise GuestError(f"the guest could not set itself up: {reason}", self._console.last_words)

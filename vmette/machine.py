@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import assets
 from .config import Command, Disk, MachineConfig, Share, scratch_size
-from .errors import ConfigError
+from .errors import ConfigError, GuestError, ProtocolError, SandboxTimeout, VmmError
 from .locks import held
 from .providers.base import Context, ImageConfig, Progress
 from .timings import Stopwatch
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     from .providers.registry import Registry
     from .services import Services
     from .streams import Sink, Source
+    from .templates import Template
 
+logger = logging.getLogger(__name__)
+
+WAKE_SECONDS = 10.0
+"""A machine that has not woken by then never will: that takes a tenth of a second."""
 SNAPSHOT = "snapshot:"
 """How the spec of a saved machine begins: see :mod:`vmette.snapshots`."""
 
@@ -104,6 +110,8 @@ class MachineOptions(RootfsOptions, total=False):
     """More kernel parameters."""
     accel: str
     """`auto`, `kvm` or `tcg`."""
+    template: bool
+    """Wake from a machine that was saved at the end of its boot, or else boot and have one made: the default."""
 
 
 def cancellable(options: MachineOptions, given_up: Callable[[], bool]) -> MachineOptions:
@@ -120,6 +128,8 @@ class Machine:
     image: ImageConfig | None = None
     services: Services | None = None
     cancelled: Callable[[], bool] | None = None
+    template: bool = True
+    """It may wake from a template (:mod:`vmette.templates`)."""
 
     def command(
         self,
@@ -168,12 +178,14 @@ def prepare(rootfs: str | os.PathLike[str], options: MachineOptions) -> Machine:
         progress=options.pop("progress", None) or (lambda _: None),
         cancelled=cancelled or (lambda: False),
     )
+    template = options.pop("template", True)
     registry = options.pop("registry", None) or default_registry()
     # What is wrong with these is said before anything is fetched.
     given = services(options)
     config = _config(arch, rosetta=rosetta, **{name: value for name, value in options.items() if name not in SERVICES})  # type: ignore[arg-type]
     artifact = registry.resolve(os.fspath(rootfs), context)
-    return Machine(replace(config, root=artifact), artifact.config, for_image(given, artifact.config), cancelled)
+    given = for_image(given, artifact.config)
+    return Machine(replace(config, root=artifact), artifact.config, given, cancelled, template)
 
 
 def services(options: MachineOptions) -> Services | None:
@@ -288,30 +300,85 @@ def booted(
     *,
     deadline: float | None = None,
     debug: Callable[[str], None] | None = None,
+    lasting: bool = False,
 ) -> Iterator[Guest]:
     """A guest of `machine`, with its services. It has just been started and may still have to say hello.
+
+    One that is `lasting` has said it.
 
     Raises:
         VmmError: the VMM does not start.
         SandboxTimeout: `deadline`, a time of `time.monotonic`, passed before its services were there.
         ConfigError, GuestError: see :func:`vmette.services.running`.
     """
-    from . import vmm
-
     config = machine.config
     with ExitStack() as stack:
         if config.root is not None:
             stack.callback(os.close, held(config.root.path))  # nobody clears the cache of it while the VM lives
-        vm = stack.enter_context(vmm.start(config, partial(stopwatch.reached, "vmm")))
-        # The VM comes first: what talks to it is imported while it boots.
-        from .guest import Guest
+        guest = template = None
+        if machine.template and config.saved is None:
+            from . import templates
 
-        guest = stack.enter_context(Guest(vm, stopwatch, debug=debug, cancelled=machine.cancelled))
+            template = templates.find(config, stopwatch)
+        if template is not None and template.ready:
+            guest = _woken(machine, template, stopwatch, stack, debug, deadline)
+            template = None
+        if template is not None and not lasting:
+            stack.callback(lambda: template.make_later() if guest is not None and guest.kernel is not None else None)
+        if guest is None:
+            guest = _started(machine, config, stopwatch, stack, debug)
+        if lasting:
+            guest.turn_until(lambda: guest.kernel is not None, deadline)
+            if template is not None:
+                template.make_later()
         if machine.services is not None:
             from .services import running
 
-            stack.enter_context(running(guest, machine.services, vm.vsock, deadline))
+            stack.enter_context(running(guest, machine.services, guest.vsock, deadline))
         yield guest
+
+
+def _started(
+    machine: Machine,
+    config: MachineConfig,
+    stopwatch: Stopwatch,
+    stack: ExitStack,
+    debug: Callable[[str], None] | None,
+) -> Guest:
+    from . import vmm
+
+    vm = stack.enter_context(vmm.start(config, partial(stopwatch.reached, "vmm")))
+    # The VM comes first: what talks to it is imported while it boots.
+    from .guest import Guest
+
+    vm.settle()
+    return stack.enter_context(Guest(vm, stopwatch, debug=debug, cancelled=machine.cancelled))
+
+
+def _woken(
+    machine: Machine,
+    template: Template,
+    stopwatch: Stopwatch,
+    stack: ExitStack,
+    debug: Callable[[str], None] | None,
+    deadline: float | None,
+) -> Guest | None:
+    """A guest that has woken from `template`; None if it does not, and then the template is gone."""
+    with ExitStack() as inner:
+        try:
+            config = replace(template.config, saved=template.saved, savable=machine.config.savable)
+            guest = _started(machine, config, stopwatch, inner, debug)
+            end = time.monotonic() + WAKE_SECONDS
+            guest.turn_until(lambda: guest.kernel is not None, end if deadline is None else min(end, deadline))
+        except (VmmError, GuestError, ProtocolError, SandboxTimeout, OSError) as error:
+            if isinstance(error, SandboxTimeout) and time.monotonic() < end:
+                raise
+            logger.warning("a machine did not wake, and boots: %s", str(error) or "it took too long")
+            stopwatch.way = "booted: the template was of no use"
+            template.drop()
+            return None
+        stack.push(inner.pop_all())
+        return guest
 
 
 def execute(

@@ -49,8 +49,7 @@ class Session:
         self.ended: VmetteError | OSError | None = None
         self._closing = False
         with ExitStack() as stack:
-            self.guest: Guest = stack.enter_context(booted(machine, self.stopwatch))
-            self.guest.turn_until(lambda: self.guest.kernel is not None)
+            self.guest: Guest = stack.enter_context(booted(machine, self.stopwatch, lasting=True))
             self.guest.accept_calls()
             self._dies_at = None if max_lifetime is None else time.monotonic() + max_lifetime
             self._max_lifetime = max_lifetime

@@ -1,31 +1,27 @@
-"""Machines that were saved, by name: each is a directory that others of the same kind wake from, as often as one likes.
+"""Saved machines that a person has asked for, by name or by path; others wake from them, as often as one likes.
 
 A machine that wakes is a copy: it shares the memory of the saved one until it writes to it, and has random numbers, a
-clock and a host name of its own. It needs the QEMU, the guest and the root image that it was saved with.
+clock and names of its own. It needs the QEMU, the guest and the root image that it was saved with.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import re
 import shutil
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import assets
+from . import assets, saved
 from .config import Command, MachineConfig, Saved
 from .errors import ConfigError, SandboxTimeout, VmetteError, VmmError, reason
-from .files import write_atomically
 from .providers.base import BlockFs, BlockImage, ImageConfig
-from .vmm import probe
 
 if TYPE_CHECKING:
     from .guest import Guest
@@ -33,8 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-META = "meta.json"
-VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 OF_THE_MACHINE = (
@@ -48,44 +42,53 @@ OF_THE_MACHINE = (
 class Snapshot:
     """A saved machine."""
 
-    name: str
+    directory: Path
+    """Where it is."""
     rootfs: str
     """The spec that it was made from."""
     created: float
     """A time of `time.time`."""
     warm_up: tuple[str, ...]
     """What was run before."""
-    mem_mib: int
-    vcpus: int
-    arch: str
-    accel: str
-    rootfs_ro: bool
+    machine: Mapping[str, Any]
+    """Fields of its configuration."""
     root: str
     """The root image's path."""
     fstype: str
     image: Mapping[str, Any] | None
     """The image's configuration."""
-    facts: Mapping[str, str]
-    """What must be as it was."""
-    ram: tuple[int, int, int]
-    """Its memory's size, time of change in nanoseconds and inode."""
-    state: int
-    """CRC-32 of the state of its devices."""
 
     @property
-    def directory(self) -> Path:
-        """Where it is."""
-        return _root() / self.name
+    def name(self) -> str:
+        """Its name, or the last part of its path."""
+        return self.directory.name
 
     @property
     def bytes(self) -> int:
         """What it takes of the disk."""
-        with_holes = (self.directory / name for name in ("ram", "state", META))
-        return sum(path.stat().st_blocks * 512 for path in with_holes)
+        return sum(path.stat().st_blocks * 512 for path in Saved(self.directory).parts)
+
+    @property
+    def config(self) -> MachineConfig:
+        """A machine that wakes from it.
+
+        Raises:
+            VmetteError: something that it needs is gone.
+        """
+        return MachineConfig(
+            BlockImage(Path(self.root), BlockFs(self.fstype)), **self.machine, saved=Saved(self.directory)
+        )
+
+
+_SAVED_FIELDS = (
+    *("vcpus", "mem_mib", "root_read_only", "scratch_mib", "network", "vsock", "guest_helpers", "rosetta", "pids"),
+    *("nofile", "cmdline", "arch", "accel"),
+)
+_SAVED_PATHS = ("kernel", "initramfs")
 
 
 def create(
-    name: str,
+    target: str | os.PathLike[str],
     rootfs: str | os.PathLike[str],
     warm_up: Sequence[str] = (),
     *,
@@ -96,57 +99,111 @@ def create(
 
     What the warm-up has left running goes on in each machine that wakes from it.
 
+    Args:
+        target: A name; or a path, if it has a `/`, of a directory that is made.
+        rootfs: The spec of its root filesystem, which is a block image.
+        warm_up: A command.
+        timeout: Seconds that it may take.
+        options: See :class:`vmette.machine.MachineOptions`.
+
     Raises:
-        ConfigError: the name is no name or taken, or an option is of what no snapshot holds.
+        ConfigError: the target is no name or taken, or an option is of what no snapshot holds.
         CalledProcessError: the warm-up failed.
         TimeoutExpired: it took longer than `timeout` seconds.
         VmetteError: the machine does not boot, or cannot be saved.
     """
-    from . import vmm
     from .machine import booted, prepare
     from .timings import Stopwatch
 
-    check_name(name)
-    unsaved = [option for option in ("shares", "disks", "scratch", "net", "vsock") if options.get(option)]
-    if unsaved:
-        raise ConfigError(f"a snapshot holds no {unsaved[0]}: leave that out")
+    directory = _directory(target)
+    for option in ("shares", "disks"):
+        if options.get(option):
+            raise ConfigError(f"a snapshot holds no {option}: leave that out")
     machine = prepare(rootfs, options)  # type: ignore[arg-type]
     if machine.services is not None:
         raise ConfigError("secrets and ways out are given to the machines that wake from a snapshot, not to it")
-    if not isinstance(machine.config.root, BlockImage):
-        raise ConfigError("a snapshot holds no directories: its root filesystem is a block image")
-    with _staging(name) as staging:
-        saved = Saved(staging)
-        os.close(os.open(saved.ram, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        config = replace(vmm.settled(machine.config), to_save=saved)
-        with booted(replace(machine, config=config), Stopwatch()) as guest:
+    with _staging(directory) as staging:
+        config = replace(machine.config, savable=True)
+        _check_savable(config)
+        with booted(replace(machine, config=config, template=False), Stopwatch()) as guest:
             guest.turn_until(lambda: guest.kernel is not None)
             if warm_up:
                 _run(guest, machine.command(warm_up), timeout)
-            guest.save()
-        snapshot = _described(name, os.fspath(rootfs), tuple(warm_up), config, machine.image)
-        with saved.ram.open("rb") as file:
-            os.fsync(file.fileno())
-        write_atomically(staging / META, json.dumps({"version": VERSION, **asdict(snapshot)}, indent=1).encode())
+            return save(guest, machine, staging, directory, os.fspath(rootfs), warm_up, last=True)
+
+
+def save_running(guest: Guest, machine: Machine, target: str | os.PathLike[str], rootfs: str) -> Snapshot:
+    """Saves a machine that goes on.
+
+    Raises:
+        ConfigError: the target is no name or taken, or the machine cannot be saved.
+        VmetteError: it could not.
+    """
+    directory = _directory(target)
+    _check_savable(machine.config)
+    with _staging(directory) as staging:
+        return save(guest, machine, staging, directory, rootfs, ())
+
+
+def _check_savable(config: MachineConfig) -> None:
+    if not isinstance(config.root, BlockImage):
+        raise ConfigError("a machine whose root filesystem is a directory cannot be saved; make it a block image")
+    if config.shares or config.disks:
+        raise ConfigError("a machine with shares or disks cannot be saved")
+
+
+def save(
+    guest: Guest,
+    machine: Machine,
+    staging: Path,
+    directory: Path,
+    rootfs: str,
+    warm_up: Sequence[str],
+    *,
+    last: bool = False,
+) -> Snapshot:
+    """Saves the machine of `guest` in `staging`, which will be `directory`."""
+    config = guest.config
+    assert isinstance(config.root, BlockImage)
+    files = Saved(staging)
+    try:
+        guest.save(files, last=last)
+        snapshot = Snapshot(
+            directory=directory,
+            rootfs=rootfs,
+            created=time.time(),
+            warm_up=tuple(warm_up),
+            machine={
+                **{name: getattr(config, name) for name in _SAVED_FIELDS},
+                **{name: os.fspath(getattr(config, name).absolute()) for name in _SAVED_PATHS},
+            },
+            root=os.fspath(config.root.path.absolute()),
+            fstype=config.root.fstype.value,
+            image=None if machine.image is None else asdict(machine.image),
+        )
+        about = {name: value for name, value in asdict(snapshot).items() if name != "directory"}
+        saved.seal(files, config, about)
+    except OSError as error:
+        raise VmetteError(f"cannot write the snapshot {directory}: {reason(error)}") from error
     return snapshot
 
 
 @contextmanager
-def _staging(name: str) -> Iterator[Path]:
-    """A directory that becomes the snapshot `name` at the end, and goes if it comes to another one.
+def _staging(final: Path) -> Iterator[Path]:
+    """A directory that becomes the snapshot `final` at the end, and goes if it comes to another one.
 
     Raises:
         ConfigError: there is such a snapshot, or it is being made.
     """
-    with _locked() as root:
-        staging, final = root / f".{name}.part", root / name
-        taken = ConfigError(f"there is a snapshot {name!r} already: `vmette snapshot rm {name}` removes it")
+    staging = final.with_name(f".{final.name}.part")
+    with _locked(final.parent):
+        taken = ConfigError(f"there is a snapshot {final.name!r} already: `vmette snapshot rm` removes it")
         if final.exists():
             raise taken
         if staging.exists():
             with _held(staging) as ours:
                 if not ours:
-                    raise ConfigError(f"snapshot {name!r} is being made")
+                    raise ConfigError(f"snapshot {final.name!r} is being made")
                 shutil.rmtree(staging)  # somebody has not come to an end of it
         staging.mkdir(mode=0o700)
         holding = ExitStack()
@@ -154,7 +211,7 @@ def _staging(name: str) -> Iterator[Path]:
     with holding:
         try:
             yield staging
-            with _locked():
+            with _locked(final.parent):
                 if final.exists():
                     raise taken
                 staging.rename(final)
@@ -192,78 +249,36 @@ def _run(guest: Guest, command: Command, timeout: float | None) -> None:
     captured.completed(exited).check_returncode()
 
 
-def _described(
-    name: str, rootfs: str, warm_up: tuple[str, ...], config: MachineConfig, image: ImageConfig | None
-) -> Snapshot:
-    assert isinstance(config.root, BlockImage)
-    assert config.to_save is not None
-    return Snapshot(
-        name=name,
-        rootfs=rootfs,
-        created=time.time(),
-        warm_up=warm_up,
-        mem_mib=config.mem_mib,
-        vcpus=config.vcpus,
-        arch=config.arch,
-        accel=config.accel,
-        rootfs_ro=config.root_read_only,
-        root=str(config.root.path),
-        fstype=config.root.fstype.value,
-        image=None if image is None else asdict(image),
-        facts=_facts(config),
-        ram=_identity(config.to_save.ram),
-        state=zlib.crc32(config.to_save.state.read_bytes()),
-    )
-
-
-def _facts(config: MachineConfig) -> dict[str, str]:
-    """What a machine can wake with alone: it has open, and in memory, what these are."""
-    from . import vmm
-
-    assert isinstance(config.root, BlockImage)
-    return {
-        **vmm.identity(config),
-        "the guest's kernel": probe.identity(config.kernel_path),
-        "the guest's initramfs": probe.identity(config.initramfs_path),
-        "the root image": probe.identity(config.root.path),
-    }
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
-
-
 def snapshots() -> list[Snapshot]:
-    """All of them, by name. What is no snapshot of this version is passed over."""
+    """All that have a name, by it. What is no snapshot of this version is passed over."""
     found = []
     for path in sorted(_root().iterdir()) if _root().is_dir() else ():
         if _NAME.fullmatch(path.name):
             try:
-                found.append(_read(path.name))
+                found.append(_read(path)[0])
             except VmetteError as error:
                 logger.info("%s", error)
     return found
 
 
-def remove(name: str) -> None:
+def remove(target: str | os.PathLike[str]) -> None:
     """Removes a snapshot. Machines that have woken from it live on.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or at that path.
     """
-    with _locked() as root:
-        path = root / check_name(name)
-        if not path.is_dir():
-            raise _none(name)
-        gone = root / f".{name}.gone"
+    path = _directory(target)
+    with _locked(path.parent):
+        if not (path / saved.META).is_file():  # whatever else it is, it stays
+            raise _none(path)
+        gone = path.with_name(f".{path.name}.gone")
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)  # first, so that nobody finds half of one
         shutil.rmtree(gone)
 
 
-def machine(name: str, options: MachineOptions) -> Machine:
-    """A machine that wakes from the snapshot `name`.
+def machine(target: str, options: MachineOptions) -> Machine:
+    """A machine that wakes from the snapshot `target`.
 
     Raises:
         ConfigError: there is none, or an option is of what was settled when it was made.
@@ -271,39 +286,23 @@ def machine(name: str, options: MachineOptions) -> Machine:
     """
     from .machine import Machine, for_image, services
 
-    snapshot = _read(check_name(name))
+    snapshot, meta = _read(_directory(target))
     settled = [option for option in OF_THE_MACHINE if options.get(option)]
     if settled:
-        raise ConfigError(f"{settled[0]} was settled when the snapshot {name!r} was made: leave it out")
-    config = MachineConfig(
-        BlockImage(Path(snapshot.root), BlockFs(snapshot.fstype)),
-        vcpus=snapshot.vcpus,
-        mem_mib=snapshot.mem_mib,
-        hostname=options.get("hostname", "vmette"),
-        root_read_only=snapshot.rootfs_ro,
-        arch=snapshot.arch,
-        accel=snapshot.accel,
-        saved=Saved(snapshot.directory),
-    )
-    _check(snapshot, config)
-    image = None if snapshot.image is None else _image(snapshot.image)
-    return Machine(config, image, for_image(services(options), image), options.get("cancelled"))
-
-
-def _check(snapshot: Snapshot, config: MachineConfig) -> None:
-    """Raises VmmError if a machine does not wake from it as the one that was saved."""
-    again = f"create it anew: `vmette snapshot rm {snapshot.name}`, then `vmette snapshot create`"
-    for what, fact in _facts(config).items():
-        if snapshot.facts.get(what) != fact:
-            raise VmmError(f"snapshot {snapshot.name!r} was made with another version of {what}: {again}")
-    saved = Saved(snapshot.directory)
+        raise ConfigError(f"{settled[0]} was settled when the snapshot {snapshot.name!r} was made: leave it out")
     try:
-        intact = _identity(saved.ram) == tuple(snapshot.ram)
-        intact &= zlib.crc32(saved.state.read_bytes()) == snapshot.state
-    except OSError as error:
-        raise VmmError(f"snapshot {snapshot.name!r} cannot be read: {reason(error)}; {again}") from error
-    if not intact:
-        raise VmmError(f"snapshot {snapshot.name!r} is damaged: {again}")
+        config = replace(snapshot.config, hostname=options.get("hostname", "vmette"))
+        saved.check(Saved(snapshot.directory), config, meta)
+    except VmetteError as error:
+        raise _useless(snapshot.directory, error) from error
+    image = None if snapshot.image is None else _image(snapshot.image)
+    return Machine(config, image, for_image(services(options), image), options.get("cancelled"), template=False)
+
+
+def _useless(directory: Path, why: object) -> VmmError:
+    return VmmError(
+        f"snapshot {directory.name!r}: {why}; create it anew: `vmette snapshot rm`, then `vmette snapshot create`"
+    )
 
 
 def _image(fields: Mapping[str, Any]) -> ImageConfig:
@@ -313,34 +312,44 @@ def _image(fields: Mapping[str, Any]) -> ImageConfig:
     return ImageConfig(**{name: frozen(value) for name, value in fields.items()})
 
 
-def check_name(name: str) -> str:
-    """`name`, if a snapshot can have it.
+def _directory(target: str | os.PathLike[str]) -> Path:
+    """Where the snapshot of that name or path is, or would be.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it can have no such name.
     """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"snapshot {name!r}: a name is of letters, digits, '.', '_' and '-', at most 63")
-    return name
+    text = os.fspath(target)
+    if "/" in text or not isinstance(target, str):
+        path = Path(text).absolute()
+        if "\0" in text or path.name in {"", ".."}:
+            raise ConfigError(f"snapshot {text!r}: this is no path of a directory that could be made")
+        return path
+    if not _NAME.fullmatch(text):
+        raise ConfigError(
+            f"snapshot {text!r}: a name is of letters, digits, '.', '_' and '-', at most 63; a path has a '/'"
+        )
+    return _root() / text
 
 
-def _read(name: str) -> Snapshot:
+def _read(directory: Path) -> tuple[Snapshot, Mapping[str, Any]]:
+    """The snapshot there, and what was written down when it was sealed."""
     try:
-        values = json.loads((_root() / name / META).read_bytes())
-        if values.pop("version") != VERSION:
-            raise VmmError(f"snapshot {name!r} is of another version of vmette: create it anew")
-        return Snapshot(**{**values, "warm_up": tuple(values["warm_up"]), "ram": tuple(values["ram"])})
+        meta = saved.read(Saved(directory))
+        values = {name: meta[name] for name in ("rootfs", "created", "machine", "root", "fstype", "image")}
+        return Snapshot(directory=directory, warm_up=tuple(meta["warm_up"]), **values), meta
     except (FileNotFoundError, NotADirectoryError):
-        raise _none(name) from None
+        raise _none(directory) from None
     except OSError as error:
-        raise VmmError(f"snapshot {name!r} cannot be read: {reason(error)}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise VmmError(f"snapshot {name!r} is damaged: create it anew") from error
+        raise _useless(directory, f"it cannot be read: {reason(error)}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise _useless(directory, "it is damaged, or of another version of vmette") from error
 
 
-def _none(name: str) -> ConfigError:
+def _none(directory: Path) -> ConfigError:
+    if directory.parent != _root():
+        return ConfigError(f"there is no snapshot in {directory}")
     known = ", ".join(snapshot.name for snapshot in snapshots()) or "none"
-    return ConfigError(f"there is no snapshot {name!r}; there are: {known}")
+    return ConfigError(f"there is no snapshot {directory.name!r}; there are: {known}")
 
 
 def _root() -> Path:
@@ -348,18 +357,20 @@ def _root() -> Path:
 
 
 @contextmanager
-def _locked() -> Iterator[Path]:
-    """The directory of all of them, while nobody else makes or removes any.
+def _locked(root: Path) -> Iterator[None]:
+    """Nobody else makes or removes snapshots in that directory meanwhile.
 
     Raises:
         VmetteError: it cannot be written to.
     """
-    root = _root()
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (root / ".lock").open("w")
+        if root == _root():
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise VmetteError(f"cannot keep snapshots in {root}: {reason(error)}") from error
-    with lock:
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield root
+        yield
+    finally:
+        os.close(lock)

@@ -20,6 +20,8 @@ class Stopwatch:
     def __init__(self, start: float | None = None) -> None:
         self.start = time.monotonic() if start is None else start
         self._times: dict[str, float] = {}
+        self.way = ""
+        """How the machine came up, and why that way."""
 
     def reached(self, name: str, at: float | None = None) -> None:
         """Notes `name`, at a time of `time.monotonic`: now, unless told otherwise."""

@@ -144,6 +144,12 @@ form_option = click.option(
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 @click.option("--debug", is_flag=True, help="Show the guest's console and what vmette does, on stderr.")
 @click.option("--timings", is_flag=True, help="Print where the time went, on stderr.")
+@click.option(
+    "--template/--no-template",
+    "template",
+    default=True,
+    help="Wake from a machine that was saved at the end of its boot, or boot.  [default: wake]",
+)
 @click.option("--snapshot", metavar="NAME", help="Wake a machine from this snapshot, in place of a boot of ROOTFS.")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="ROOTFS [COMMAND]...")
 def command(
@@ -190,6 +196,7 @@ def command(
     quiet: bool,
     debug: bool,
     timings: bool,
+    template: bool,
     snapshot: str | None,
     words: tuple[str, ...],
 ) -> int:
@@ -273,6 +280,7 @@ def command(
         "initramfs": initramfs,
         "cmdline": cmdline,
         "accel": accel,
+        "template": template,
     }
     if rootfs.startswith(SNAPSHOT):  # which has its own
         source = click.get_current_context().get_parameter_source
@@ -407,6 +415,8 @@ def _process_start() -> float | None:
 
 def _print_timings(stopwatch: Stopwatch) -> None:
     before = 0.0
+    if stopwatch.way:
+        complain(stopwatch.way)
     complain(f"{'milestone':<16} {'at':>10} {'took':>10}")
     for timing in stopwatch.timings:
         complain(f"{timing.name:<16} {timing.seconds * 1000:>7.1f} ms {(timing.seconds - before) * 1000:>7.1f} ms")

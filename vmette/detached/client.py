@@ -25,10 +25,15 @@ MAX_WAIT = 1e6
 """Seconds that are waited at once: a socket's time-out is less than 25 days."""
 _INHERITED = re.compile(
     "PATH|HOME|TMPDIR|TEMP|TMP|TZ|LANG|LANGUAGE|LC_[A-Z]+|LD_LIBRARY_PATH|PYTHON[A-Z0-9]+"
-    "|XDG_(CACHE|CONFIG|STATE)_HOME|XDG_RUNTIME_DIR|VMETTE_(ASSETS|CACHE|STATE)_DIR|VMETTE_(VMM|VZ)"
+    "|XDG_(CACHE|CONFIG|STATE)_HOME|XDG_RUNTIME_DIR|VMETTE_(ASSETS|CACHE|STATE)_DIR|VMETTE_(VMM|VZ|VSOCK|TEMPLATES)"
 )
 """What a supervisor has of its client's environment, and shows in /proc as long as it lives: only what itself, Python
 and QEMU read. In the rest may be secrets, such as those of the guest or a registry's tokens."""
+
+
+def inherited() -> dict[str, str]:
+    """The environment of a process that is to outlive this one."""
+    return {name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)}
 
 
 def check_timeout(timeout: float | None) -> None:
@@ -87,7 +92,7 @@ class Reservation:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
-                env={name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)},
+                env=inherited(),
                 pass_fds=(self._lock, here),
             )
         finally:

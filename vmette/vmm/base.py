@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from ..config import MachineConfig
+from ..config import MachineConfig, Saved
 from ..errors import VmmError
 from .spawn import Child
 
@@ -92,13 +92,30 @@ class VirtualMachine(ABC):
         """Descriptors that become readable when a program ends that the VM cannot do without."""
         return []
 
-    def save(self) -> None:
-        """Saves the machine where its configuration says. It stands still from then on.
+    @abstractmethod
+    def settle(self) -> None:
+        """Waits until what a machine wakes from, if it does, has been taken.
+
+        Raises:
+            VmmError: it is not.
+        """
+
+    @abstractmethod
+    def save(self, to: Saved) -> None:
+        """Saves the machine, whose guest has paused. It stands still from then on.
 
         Raises:
             VmmError: it cannot be saved.
+            OSError: the files of `to` cannot be written.
         """
-        raise VmmError(f"{self.vmm} cannot save machines")
+
+    @abstractmethod
+    def go_on(self) -> None:
+        """Has a machine that was saved, or was to be, go on.
+
+        Raises:
+            VmmError: it does not.
+        """
 
     def failure(self, said: Sequence[str]) -> VmmError | None:
         """Why the VMM has failed, given the last lines that it `said`; None if the guest ended by itself.

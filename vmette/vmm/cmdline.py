@@ -42,10 +42,8 @@ def kernel_cmdline(
         tokens.append(f"vmette.rootfs_share={root_type}:{ROOT_TAG}")
     if config.root_read_only:
         tokens.append("vmette.rootfs_ro")
-    # One that lies within another is mounted after it.
-    for share, kind in sorted(shares, key=lambda each: (each[0].target or "").count("/")):
-        target = f":{escape(share.target)}" if share.target is not None else ""
-        tokens.append(f"vmette.share={kind}:{share.tag}:{'ro' if share.read_only else 'rw'}{target}")
+    if not config.shares_later:
+        tokens += [f"vmette.share={token}" for token in share_tokens(shares)]
     if config.scratch_mib is not None:  # the last of the disks
         tokens.append(
             f"vmette.scratch=/dev/vd{chr(ord('a') + isinstance(config.root, BlockImage) + len(config.disks))}"
@@ -69,6 +67,15 @@ def kernel_cmdline(
     if size > CMDLINE_BYTES:
         raise ConfigError(f"the kernel command line is {size} bytes long; at most {CMDLINE_BYTES} fit")
     return line
+
+
+def share_tokens(shares: Sequence[tuple[Share, str]]) -> list[str]:
+    """What the guest is told of the shares, each with its type: one that lies within another is mounted after it."""
+    tokens = []
+    for share, kind in sorted(shares, key=lambda each: (each[0].target or "").count("/")):
+        target = f":{escape(share.target)}" if share.target is not None else ""
+        tokens.append(f"{kind}:{share.tag}:{'ro' if share.read_only else 'rw'}{target}")
+    return tokens
 
 
 def escape(path: str) -> str:

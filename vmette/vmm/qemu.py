@@ -6,24 +6,27 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .. import assets
 from ..config import ROOT_TAG, MachineConfig, Saved, Share
 from ..errors import ConfigError, ProtocolError, VmmError
+from ..files import copy_with_holes
 from ..providers.base import BlockImage, Directory
 from . import probe
 from .base import VirtualMachine
-from .cmdline import kernel_cmdline
+from .cmdline import kernel_cmdline, share_tokens
 from .spawn import Child, find_program, spawn
 
 if TYPE_CHECKING:
     from . import virtiofsd
+    from .qmp import Monitor
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ PROBE_SECONDS = 5.0
 PASST_DNS = "169.254.53.53"
 """Where the guest asks for names: passt hands that to the host's resolver, which may listen on the host's loopback
 alone."""
+
+QEMU_OUI = (0x52, 0x54, 0x00)
+"""How the addresses of QEMU's network cards begin (docs/system/devices/net.rst); each of ours goes on as it likes."""
 
 # Descriptors of the QEMU process.
 CONTROL_FD, CONSOLE_FD, FIRST_FREE_FD = 3, 4, 5
@@ -149,6 +155,12 @@ class Attached:
     vsock: tuple[int, int] | None = None
     """The context id, and the device's descriptor."""
     monitor: int | None = None
+    memory: int | None = None
+    """Memory in a file: to be copied as it is written to if the machine `waits`, or else to be seen."""
+    waits: bool = False
+    """For the state of a machine that was saved."""
+    stands: bool = False
+    """When it has taken that."""
 
 
 class QemuMachine(VirtualMachine):
@@ -161,12 +173,16 @@ class QemuMachine(VirtualMachine):
 
     vmm = "QEMU"
 
-    def __init__(self, config: MachineConfig, accel: str) -> None:
+    def __enter__(self) -> QemuMachine:
+        return self
+
+    def __init__(self, config: MachineConfig, accel: str, *, gathering: bool = False) -> None:
         self.config = config
         self.accel = accel
         self._daemons: list[virtiofsd.Daemon] = []
         self._passt: Child | None = None
-        self._monitor: socket.socket | None = None
+        self._monitor: Monitor | None = None
+        self._memory = self._scratch = -1
         with ExitStack() as undo, ExitStack() as theirs:
             undo.callback(self._end_helpers)
             self.control, control = socket.socketpair()
@@ -181,7 +197,7 @@ class QemuMachine(VirtualMachine):
             self._fds = {0: null, 1: errors, 2: errors}
             self._fds[CONTROL_FD] = theirs.enter_context(control).fileno()
             self._fds[CONSOLE_FD] = theirs.enter_context(console).fileno()
-            attached = self._attach(theirs)
+            attached = self._attach(theirs, gathering=gathering)
             argv = command_line(config, accel, partial(self._serve, errors=errors), attached)
             logger.debug("%s", argv)
             self.child: Child = spawn(argv, self._fds, {"PATH": "/usr/bin:/bin"})
@@ -190,30 +206,63 @@ class QemuMachine(VirtualMachine):
                 daemon.connection.close()
             theirs.close()  # or a QEMU that has ended would be waited for
             if config.saved is not None:
-                self._load(config.saved)
+                self._wake(config.saved)
             undo.pop_all()
 
-    def _load(self, saved: Saved) -> None:
-        from ..protocol import Resume
-        from .qmp import Monitor
-
+    def _wake(self, saved: Saved) -> None:
         assert self._monitor is not None
         with saved.state.open("rb") as file:
-            Monitor(self._monitor).load(file.fileno())
-        self.resume = Resume.now(self.config.hostname)
+            self._monitor.receive(file.fileno(), memory=False)
+        from ..protocol import Resume
 
-    def save(self) -> None:
+        shares = share_tokens([(share, "9p") for share in placed(self.config)])
+        self.resume = Resume.now(self.config.hostname, shares)
+
+    def settle(self) -> None:
+        """See :meth:`VirtualMachine.settle`."""
+        if self._monitor is not None:
+            self._monitor.settle()
+
+    def save(self, to: Saved) -> None:
         """See :meth:`VirtualMachine.save`."""
-        from .qmp import Monitor
-
-        assert self.config.to_save is not None
         assert self._monitor is not None
-        fd = os.open(self.config.to_save.state, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            Monitor(self._monitor).save(fd)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        if self._memory < 0:
+            self._save_copy(to)
+            return
+        with _created(to.state) as file:
+            self._monitor.send(file.fileno(), memory=False)
+        if to.memory is not None:
+            copy_with_holes(self._memory, to.memory)
+        else:
+            with _created(to.ram) as file:
+                copy_with_holes(self._memory, file.fileno())
+        if self._scratch >= 0:
+            with _created(to.scratch) as file:
+                copy_with_holes(self._scratch, file.fileno())
+
+    def _save_copy(self, to: Saved) -> None:
+        """Saves a machine whose memory is its own pages and those of what it woke from: another QEMU gathers them."""
+        assert self._monitor is not None
+        config = replace(self.config, saved=None)
+        with QemuMachine(config, self.accel, gathering=True) as other:
+            assert other._monitor is not None
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                other._monitor.receive(theirs.fileno(), memory=True)
+                other._monitor.settle()
+                self._monitor.send(ours.fileno(), memory=True)
+            while other._monitor.execute("query-status")["status"] == "inmigrate":
+                time.sleep(0.001)
+            if self._scratch >= 0:
+                os.ftruncate(other._scratch, 0)
+                copy_with_holes(self._scratch, other._scratch)
+            other._monitor.execute("cont")  # one that stands still would be saved as one that stands still
+            other.save(to)
+
+    def go_on(self) -> None:
+        """See :meth:`VirtualMachine.go_on`."""
+        assert self._monitor is not None
+        self._monitor.execute("cont")
 
     def close(self) -> None:
         """See :meth:`VirtualMachine.close`."""
@@ -228,6 +277,9 @@ class QemuMachine(VirtualMachine):
             self._passt.kill()
         if self._monitor is not None:
             self._monitor.close()
+        for fd in {self._memory, self._scratch} - {-1}:
+            os.close(fd)
+        self._memory = self._scratch = -1
 
     def _pass_on(self, fd: int) -> int:
         """Has QEMU inherit a descriptor; returns its number there."""
@@ -235,21 +287,34 @@ class QemuMachine(VirtualMachine):
         self._fds[number] = fd
         return number
 
-    def _attach(self, theirs: ExitStack) -> Attached:
+    def _attach(self, theirs: ExitStack, *, gathering: bool) -> Attached:
         """Makes ready what the VM gets as descriptors; ours of them are closed with `theirs`."""
 
         def own(fd: int) -> int:
             theirs.callback(os.close, fd)
             return self._pass_on(fd)
 
-        scratch = network = vsock = monitor = None
-        if self.config.saved is not None or self.config.to_save is not None:
-            self._monitor, connection = socket.socketpair()
+        saved = self.config.saved
+        scratch = network = vsock = monitor = memory = None
+        if saved is not None or self.config.savable:
+            from .qmp import Monitor
+
+            ours, connection = socket.socketpair()
+            self._monitor = Monitor(ours)
             monitor = self._pass_on(theirs.enter_context(connection).fileno())
+        if saved is not None:
+            memory = own(os.open(saved.ram, os.O_RDONLY) if saved.memory is None else os.dup(saved.memory))
+        elif self.config.savable:
+            self._memory = os.memfd_create("vmette-memory", os.MFD_CLOEXEC)
+            os.ftruncate(self._memory, self.config.mem_mib << 20)
+            memory = self._pass_on(self._memory)
         if self.config.scratch_mib is not None:
             from .scratch import unnamed
 
-            scratch = own(unnamed(self.config.scratch_mib))
+            fd = unnamed(self.config.scratch_mib, None if saved is None else saved.scratch)
+            if self.config.savable:
+                self._scratch = fd
+            scratch = self._pass_on(fd) if self.config.savable else own(fd)
         if self.config.network:
             from . import passt
 
@@ -263,7 +328,7 @@ class QemuMachine(VirtualMachine):
                 cid = vhost_vsock.new_cid()
                 self.vsock = vhost_vsock.VhostVsock(cid)
                 vsock = cid, own(vhost_vsock.open_device())
-        return Attached(scratch, network, vsock, monitor)
+        return Attached(scratch, network, vsock, monitor, memory, waits=saved is not None, stands=gathering)
 
     @property
     def ends(self) -> list[int]:
@@ -292,6 +357,24 @@ class QemuMachine(VirtualMachine):
         if read_only:
             fsdev += ",readonly=on"
         return "9p", ["-fsdev", fsdev, "-device", f"virtio-9p-device,fsdev={name},mount_tag={tag}"]
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[BinaryIO]:
+    """A new file, for the user alone."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "r+b") as file:
+        yield file
+
+
+def placed(config: MachineConfig) -> tuple[Share, ...]:
+    """The shares, by names that say only which is which if the guest mounts them when it has woken."""
+    if config.saved is None and not config.shares_later:
+        return config.shares
+    return tuple(
+        replace(share, tag=f"share{number}", target=share.target or f"/mnt/{share.tag}")
+        for number, share in enumerate(config.shares)
+    )
 
 
 Serve = Callable[[Path, str, bool], "tuple[str, list[str]]"]
@@ -337,12 +420,13 @@ def command_line(config: MachineConfig, accel: str, serve: Serve, attached: Atta
     if config.network:
         network = "dhcp" if attached.passt is None else f"dhcp,{PASST_DNS}"
         backend = "user,ipv6=off" if attached.passt is None else f"socket,fd={attached.passt}"
-        argv += ["-netdev", f"{backend},id=net", "-device", "virtio-net-device,netdev=net"]
+        address = ":".join(f"{byte:02x}" for byte in (*QEMU_OUI, *os.urandom(3)))
+        argv += ["-netdev", f"{backend},id=net", "-device", f"virtio-net-device,netdev=net,mac={address}"]
     if attached.vsock is not None:
         cid, fd = attached.vsock
         argv += ["-device", f"vhost-vsock-device,guest-cid={cid},vhostfd={fd}"]
     shares: list[tuple[Share, str]] = []
-    for share in config.shares:
+    for share in placed(config):
         kind, arguments = serve(share.path, share.tag, share.read_only)
         argv += arguments
         shares.append((share, kind))
@@ -353,13 +437,14 @@ def command_line(config: MachineConfig, accel: str, serve: Serve, attached: Atta
     machine = MACHINES[config.arch]
     if attached.monitor is not None:
         argv += [*_serial(attached.monitor, "monitor"), "-mon", "chardev=monitor,mode=control"]
-    if (memory := config.saved or config.to_save) is not None:
-        # Written as the machine runs if it is to be saved; a copy of each page that is written, if it was.
-        backing = f"mem-path={_comma(memory.ram.absolute())},share={'on' if config.saved is None else 'off'}"
+    if attached.memory is not None:
+        backing = f"mem-path=/proc/self/fd/{attached.memory},share={'off' if attached.waits else 'on'}"
         argv += ["-object", f"memory-backend-file,id=memory,size={config.mem_mib}M,{backing}"]
         machine += ",memory-backend=memory"
-    if config.saved is not None:
+    if attached.waits or attached.stands:
         argv += ["-incoming", "defer"]
+    if attached.stands:
+        argv.append("-S")
     if "virtiofs" in {root_type, *(kind for _, kind in shares)}:  # virtiofsd answers in the guest's own memory
         argv += ["-object", f"memory-backend-memfd,id=memory,size={config.mem_mib}M,share=on"]
         machine += ",memory-backend=memory"

@@ -10,7 +10,9 @@ from typing import Any
 from ..errors import VmmError
 
 ANSWER_SECONDS = 30.0
-POLL_SECONDS = 0.002
+POLL_SECONDS = 0.001
+BANDWIDTH = 1 << 40
+"""Bytes a second, more than there are: QEMU sends 128 MiB unless told otherwise."""
 
 
 class Monitor:
@@ -24,28 +26,45 @@ class Monitor:
         self._connection = connection
         self._connection.settimeout(ANSWER_SECONDS)
         self._rest = b""
-        self._line()  # the greeting
-        self.execute("qmp_capabilities")
+        self._asked: list[str] = []
+        """Commands whose answers nobody has looked at."""
+        self.ask("qmp_capabilities")
 
-    def execute(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> Any:
-        """What QEMU returns for `command`; `fd` goes along with it."""
+    def ask(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> None:
+        """Has QEMU execute `command`, in its turn; `fd` goes along with it."""
         line = json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n"
         try:
             sent = socket.send_fds(self._connection, [line], [] if fd is None else [fd])
             self._connection.sendall(line[sent:])
-            while True:
-                answer = self._line()
-                if "return" in answer:
-                    return answer["return"]
-                if "error" in answer:
-                    raise VmmError(f"QEMU refuses {command}: {answer['error'].get('desc')}")
         except OSError as error:
-            raise VmmError(f"QEMU's monitor does not answer to {command}: {error}") from error
+            raise VmmError(f"QEMU's monitor does not take {command}: {error}") from error
+        self._asked.append(command)
 
-    def save(self, state: int) -> None:
-        """Saves the machine, but for its shared memory, to the file `state`. It stands still from then on."""
-        self._ignore_shared()
-        self.execute("getfd", {"fdname": "state"}, state)
+    def settle(self) -> Any:
+        """Waits until QEMU has done all that it was asked to do; returns what the last command returns."""
+        result = None
+        while self._asked:
+            command = self._asked[0]
+            answer = self._line(command)
+            if "return" in answer:
+                result = answer["return"]
+            elif "error" in answer:
+                raise VmmError(f"QEMU refuses {command}: {answer['error'].get('desc')}")
+            else:
+                continue  # the greeting, or an event
+            del self._asked[0]
+        return result
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> Any:
+        """What QEMU returns for `command`."""
+        self.ask(command, arguments, fd)
+        return self.settle()
+
+    def send(self, to: int, *, memory: bool) -> None:
+        """Sends the machine's state to the file or socket `to`, with its memory or without. It stands still then."""
+        self._tell_what(memory=memory)
+        self.ask("migrate-set-parameters", {"max-bandwidth": BANDWIDTH})
+        self.ask("getfd", {"fdname": "state"}, to)
         self.execute("migrate", {"uri": "fd:state"})
         end = time.monotonic() + ANSWER_SECONDS
         while (status := self.execute("query-migrate").get("status")) != "completed":
@@ -53,22 +72,26 @@ class Monitor:
                 raise VmmError("QEMU cannot save the machine")
             time.sleep(POLL_SECONDS)
 
-    def load(self, state: int) -> None:
-        """Has a machine that waits for it go on from what is in the file `state`: soon, not at once."""
-        self._ignore_shared()
-        self.execute("getfd", {"fdname": "state"}, state)
-        self.execute("migrate-incoming", {"uri": "fd:state"})
+    def receive(self, source: int, *, memory: bool) -> None:
+        """Has a machine that waits for it go on from what comes from the file or socket `source`: soon, not at once."""
+        self._tell_what(memory=memory)
+        self.ask("getfd", {"fdname": "state"}, source)
+        self.ask("migrate-incoming", {"uri": "fd:state"})
 
-    def _ignore_shared(self) -> None:
+    def _tell_what(self, *, memory: bool) -> None:
         # (It is no property, that the command line could set, before QEMU 9.)
-        self.execute("migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": True}]})
+        capabilities = [{"capability": "x-ignore-shared", "state": not memory}]
+        self.ask("migrate-set-capabilities", {"capabilities": capabilities})
 
-    def _line(self) -> Any:
-        while b"\n" not in self._rest:
-            data = self._connection.recv(65536)
-            if not data:
-                raise VmmError("QEMU has ended")
-            self._rest += data
+    def _line(self, command: str) -> Any:
+        try:
+            while b"\n" not in self._rest:
+                data = self._connection.recv(65536)
+                if not data:
+                    raise VmmError("QEMU has ended")
+                self._rest += data
+        except OSError as error:
+            raise VmmError(f"QEMU's monitor does not answer to {command}: {error}") from error
         line, _, self._rest = self._rest.partition(b"\n")
         return json.loads(line)
 

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from .. import assets
 from ..errors import VmmError, reason
+from ..files import copy_with_holes
 
 
-def unnamed(mib: int) -> int:
+def unnamed(mib: int, saved: Path | None = None) -> int:
     """An ext4 file system of that size in a sparse file without a name: the kernel removes it with its last user.
+
+    It is as `saved`, if there is such a file, or else empty.
 
     Raises:
         VmmError: it cannot be made in the cache directory.
@@ -26,7 +29,11 @@ def unnamed(mib: int) -> int:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-            format_ext4(file.fileno(), mib << 20)
+            if saved is None:
+                format_ext4(file.fileno(), mib << 20)
+            else:
+                with saved.open("rb") as source:
+                    copy_with_holes(source.fileno(), file.fileno())
             return os.dup(file.fileno())
     except OSError as error:
         raise VmmError(f"cannot make a scratch disk of {mib} MiB in {directory}: {reason(error)}") from error
@@ -73,6 +80,22 @@ class Named:
         except OSError as error:
             made.close()
             raise VmmError(f"cannot make a scratch disk of {mib} MiB in {made.path.parent}: {reason(error)}") from error
+        return made
+
+    @classmethod
+    def copy(cls, path: Path) -> Named:
+        """With what is in the file at `path`, which has holes.
+
+        Raises:
+            VmmError: it cannot be made.
+        """
+        made = cls()
+        try:
+            with path.open("rb") as file:
+                copy_with_holes(file.fileno(), made.fd)
+        except OSError as error:
+            made.close()
+            raise VmmError(f"cannot copy {path} to {made.path.parent}: {reason(error)}") from error
         return made
 
     @classmethod

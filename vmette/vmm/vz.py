@@ -19,6 +19,7 @@ from pathlib import Path
 from .. import assets
 from ..config import ROOT_TAG, ROSETTA_TAG, SECTOR, MachineConfig, Saved
 from ..errors import ConfigError, VmmError
+from ..files import copy_with_holes
 from ..providers.base import BlockImage, Directory
 from . import probe
 from .base import VirtualMachine
@@ -298,6 +299,7 @@ class VzMachine(VirtualMachine):
         check(config, helper)
         self.config = config
         self._files: list[Named] = []
+        self._scratch: Named | None = None
         self._problem: FrameworkError | None = None
         with ExitStack() as undo, ExitStack() as theirs:
             undo.callback(self._remove_files)
@@ -307,7 +309,9 @@ class VzMachine(VirtualMachine):
                 if root.stat().st_size % SECTOR:
                     root = self._keep(Named.padded(root, SECTOR))
             if config.scratch_mib is not None:
-                scratch = self._keep(Named.scratch(config.scratch_mib))
+                made = config.saved and Named.copy(config.saved.scratch)
+                self._scratch = made or Named.scratch(config.scratch_mib)
+                scratch = self._keep(self._scratch)
             described = encode(records(config, root, scratch))
             self.control, control = socket.socketpair()
             undo.callback(self.control.close)
@@ -352,13 +356,21 @@ class VzMachine(VirtualMachine):
         self._link.post(Request.RESUME, answered=self._started)
         self.resume = Resume.now(self.config.hostname)
 
-    def save(self) -> None:
+    def settle(self) -> None:
+        """See :meth:`VirtualMachine.settle`. That it has not been is told with its end."""
+
+    def save(self, to: Saved) -> None:
         """See :meth:`VirtualMachine.save`."""
-        saved = self.config.to_save
-        assert saved is not None
-        saved.identifier.write_bytes(self._link.request(Request.IDENTIFIER).payload)
+        to.identifier.write_bytes(self._link.request(Request.IDENTIFIER).payload)
         self._link.request(Request.PAUSE)
-        self._link.request(Request.SAVE, os.fsencode(saved.state.absolute()), SAVE_SECONDS)
+        self._link.request(Request.SAVE, os.fsencode(to.state.absolute()), SAVE_SECONDS)
+        if self._scratch is not None:
+            with to.scratch.open("xb") as file:
+                copy_with_holes(self._scratch.fd, file.fileno())
+
+    def go_on(self) -> None:
+        """See :meth:`VirtualMachine.go_on`."""
+        self._link.request(Request.RESUME)
 
     def close(self) -> None:
         """See :meth:`VirtualMachine.close`."""

@@ -1,0 +1,271 @@
+"""Machines that were saved where a boot ends, so that the next one like it need not boot.
+
+A template is made after the first run of its kind, by a process in the background that boots another machine like it:
+nothing of what anybody ran, nor a secret, is in it. It is found by what the machine is made of; see
+:func:`vmette.saved.facts`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+import zlib
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import assets, saved
+from .config import MachineConfig, Saved, Share
+from .errors import VmetteError, VmmError, reason
+from .files import write_atomically
+from .providers.base import BlockImage
+
+if TYPE_CHECKING:
+    from .timings import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+MAX_TEMPLATES = 16
+"""More are not kept: those that were used last are."""
+BOOT_SECONDS = 120.0
+RETRY_SECONDS = 3600.0
+"""After a template could not be made, it is tried again."""
+MAX_SHARE_TEXT = 3000
+"""Bytes that are left for the shares in what a machine is told when it wakes (docs/protocol.md, HELLO)."""
+_PROGRAM = "import os; os.chdir('/'); from vmette.templates import main; main()"
+"""(`-m` would import what happens to lie in the current directory; `os` is there before anything is looked for.)"""
+
+
+def directory() -> Path:
+    """Where all of them are."""
+    return assets.cache_root() / "templates"
+
+
+class Template:
+    """The place of the template for a machine, whether there is one or not.
+
+    Raises:
+        VmetteError: the machine's parts cannot be looked at.
+    """
+
+    def __init__(self, config: MachineConfig) -> None:
+        from . import vmm
+
+        self.config = replace(vmm.settled(config), savable=False)
+        # The name only has to differ as a rule: the facts are compared. (hashlib would bring in OpenSSL at each start.)
+        facts = json.dumps(saved.facts(self.config), sort_keys=True).encode()
+        self.path = directory() / f"{zlib.crc32(facts):08x}{zlib.adler32(facts):08x}"
+        self.saved = Saved(self.path)
+        self.ready = False
+        """Whether a machine can wake from it."""
+
+    def problem(self) -> str | None:
+        """Why no machine can wake from it now; None if one can."""
+        try:
+            meta = saved.read(self.saved)
+            saved.check(self.saved, self.config, meta)
+        except FileNotFoundError:
+            return "there is no template yet"
+        except (OSError, ValueError, VmmError) as error:
+            logger.info("template %s: %s", self.path, error)
+            self.drop()
+            return "the template was of no more use"
+        with suppress(OSError):
+            os.utime(self.path)  # it was used
+        return None
+
+    def drop(self) -> None:
+        """Removes it."""
+        _remove(self.path)
+
+    # --- making it
+
+    @property
+    def _failed(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.failed")
+
+    def _is_worth_a_try(self) -> bool:
+        """Whether it could not be made a short while ago."""
+        try:
+            return time.time() - self._failed.stat().st_mtime > RETRY_SECONDS
+        except OSError:
+            return True
+
+    def make_later(self) -> None:
+        """Has another process make it, which goes on when this one has ended."""
+        if not self._is_worth_a_try():
+            return
+        import pickle
+        import sys
+
+        from .detached.client import inherited
+
+        config = replace(
+            self.config,
+            root=self.config.root and replace(self.config.root, path=self.config.root.path.absolute()),
+            kernel=self.config.kernel_path.absolute(),
+            initramfs=self.config.initramfs_path.absolute(),
+        )
+        environment = {**inherited(), "VMETTE_CACHE_DIR": os.fspath(assets.cache_root().absolute())}
+        reader, writer = os.pipe()
+        try:
+            with os.fdopen(writer, "wb") as file:
+                file.write(pickle.dumps(config))
+            # A shell that does not wait for it: it is nobody's child then, and its end nobody's business.
+            argv = ["sh", "-c", '"$@" <&3 3<&- &', "sh", sys.executable, "-c", _PROGRAM]
+            redirect = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (1, 2)]
+            actions = [(os.POSIX_SPAWN_DUP2, reader, 3), *redirect]
+            os.waitpid(os.posix_spawn("/bin/sh", argv, environment, file_actions=actions, setsid=True), 0)
+        except OSError as error:
+            logger.info("no template is made: %s", reason(error))
+        finally:
+            os.close(reader)
+
+    def make(self) -> None:
+        """Boots a machine and saves it, unless somebody else does, or makes another one.
+
+        Raises:
+            VmetteError: it does not boot, or cannot be saved.
+            OSError: there is no room for it.
+        """
+        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+        staging = self.path.with_name(f".{self.path.name}.part")
+        lock = os.open(directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sweep()
+            if self.path.exists():
+                return
+            try:
+                staging.mkdir(mode=0o700)
+                self._boot_and_save(staging)
+                staging.rename(self.path)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+            self._failed.unlink(missing_ok=True)
+            prune()
+        except BlockingIOError:
+            return
+        except (VmetteError, OSError) as error:
+            with suppress(OSError):
+                write_atomically(self._failed, str(error).encode())
+            raise
+        finally:
+            os.close(lock)
+
+    def _boot_and_save(self, staging: Path) -> None:
+        from .machine import Machine, booted
+        from .timings import Stopwatch
+
+        empty = staging / "empty"
+        empty.mkdir(mode=0o500)
+        shares = tuple(Share(share.tag, empty, read_only=True) for share in self.config.shares)
+        config = replace(self.config, shares=shares, shares_later=True, savable=True, hostname="vmette")
+        with booted(Machine(config, template=False), Stopwatch()) as guest:
+            guest.turn_until(lambda: guest.kernel is not None, time.monotonic() + BOOT_SECONDS)
+            guest.save(Saved(staging), last=True)
+        empty.rmdir()
+        saved.seal(Saved(staging), self.config, {})
+
+
+def unfit(config: MachineConfig) -> str | None:
+    """Why machines of this kind always boot; None if they can wake from a template."""
+    if os.environ.get("VMETTE_TEMPLATES") == "0":
+        return "VMETTE_TEMPLATES is 0"
+    if not isinstance(config.root, BlockImage):
+        return "its root filesystem is a directory"
+    if config.disks:
+        return "it has disks of its own"
+    return _unfit_here(config)
+
+
+def _unfit_here(config: MachineConfig) -> str | None:
+    """As :func:`unfit`, of what depends on the VMM."""
+    from . import vmm
+
+    if vmm.name() == "vz":
+        from .vmm.vz import program
+
+        if not program().save_restore:
+            return "macOS 14 and later can save machines"
+        return "it has shares" if config.shares else None
+    from .vmm import vhost_vsock
+    from .vmm.cmdline import share_tokens
+    from .vmm.qemu import file_server, placed
+
+    if config.vsock and vhost_vsock.available():
+        return "it has a vsock device"
+    if config.shares:
+        if file_server(vmm.settled(config).accel) is not None:
+            return "it has shares, which virtiofsd serves"
+        tokens = share_tokens([(share, "9p") for share in placed(replace(config, shares_later=True))])
+        if sum(map(len, tokens)) > MAX_SHARE_TEXT:
+            return "its shares have very long names"
+    return None
+
+
+def find(config: MachineConfig, stopwatch: Stopwatch) -> Template | None:
+    """The template that a machine like this wakes from, or the next one would; notes the way that is taken.
+
+    None if there is none, ever.
+    """
+    if (why := unfit(config)) is not None:
+        stopwatch.way = f"booted: {why}"
+        return None
+    try:
+        template = Template(config)
+        why = template.problem()
+        template.ready = why is None
+    except (VmetteError, OSError) as error:
+        logger.info("no templates: %s", error)
+        stopwatch.way = "booted: templates cannot be had"
+        return None
+    stopwatch.way = "woken from a template" if why is None else f"booted: {why}"
+    return template
+
+
+def sweep() -> None:
+    """Removes what processes left that did not come to their end. Nobody else may be making a template."""
+    for path in directory().glob(".*.*"):
+        with suppress(OSError):
+            if path.suffix in {".part", ".gone"}:
+                shutil.rmtree(path)
+            elif path.suffix == ".failed" and time.time() - path.stat().st_mtime > RETRY_SECONDS:
+                path.unlink()
+
+
+def prune() -> None:
+    """Removes the templates that were not used for longest, if there are too many."""
+    found = []
+    for path in directory().glob("[!.]*"):
+        with suppress(OSError):
+            found.append((path.stat().st_mtime, path))
+    for _, path in sorted(found)[:-MAX_TEMPLATES]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    gone = path.with_name(f".{path.name}-{os.getpid()}.gone")
+    with suppress(OSError):
+        path.rename(gone)  # first, so that nobody finds half of one
+        shutil.rmtree(gone)
+
+
+def main() -> None:
+    """Makes the template for the configuration that comes on stdin."""
+    import pickle
+    import sys
+
+    os.nice(19)
+    with suppress(OSError, AttributeError):  # only where nobody else wants the processor; Linux alone has it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    config = pickle.load(sys.stdin.buffer)  # noqa: S301 (of make_later)
+    try:
+        Template(config).make()
+    except (VmetteError, OSError) as error:
+        logger.info("no template is made: %s", error)
