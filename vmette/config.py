@@ -286,38 +286,67 @@ def signal_number(text: str) -> int:
     return number
 
 
+PARTS = ("ram", "state", "scratch", "identifier")
+"""Of a saved machine: its memory, with holes; the state of its devices (with Virtualization.framework, and its memory);
+its scratch disk; and, with that framework, who the machine is. What a machine has not is not there."""
+
+
 @dataclass(frozen=True)
 class Saved:
-    """Where a machine has been saved, or is to be: a directory with its memory and the state of its devices."""
+    """Where a machine has been saved, or is to be: a directory with a file for each of :data:`PARTS`."""
 
     directory: Path
-    memory: int | None = None
-    """A descriptor of its memory, where that is in no file of the directory."""
 
-    @property
-    def ram(self) -> Path:
-        """Its memory, as large as it is, with holes. With Virtualization.framework there is none."""
-        return self.directory / "ram"
-
-    @property
-    def state(self) -> Path:
-        """The state of its devices; with Virtualization.framework, all."""
-        return self.directory / "state"
-
-    @property
-    def scratch(self) -> Path:
-        """Its scratch disk, if it has one."""
-        return self.directory / "scratch"
-
-    @property
-    def identifier(self) -> Path:
-        """With Virtualization.framework, who the machine is."""
-        return self.directory / "identifier"
+    def path(self, part: str) -> Path:
+        """The file of a part."""
+        return self.directory / part
 
     @property
     def parts(self) -> list[Path]:
-        """Those of these files that are there."""
-        return [path for path in (self.ram, self.state, self.scratch, self.identifier) if path.exists()]
+        """The files that are there."""
+        return [path for path in map(self.path, PARTS) if path.exists()]
+
+    def create(self, part: str) -> int:
+        """A descriptor of a new, empty file for a part, which is the caller's to close.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        return os.open(self.path(part), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def open(self, part: str) -> int:
+        """A descriptor to read a part, which is the caller's to close.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        return os.open(self.path(part), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+class SavedInMemory(Saved):
+    """A machine that is saved in files without names (memfd_create(2)), which are gone when nobody has them open."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/proc/self/fd"))
+        self._fds: dict[str, int] = {}
+
+    def path(self, part: str) -> Path:
+        """See :meth:`Saved.path`."""
+        return self.directory / str(self._fds.get(part, "none"))
+
+    def create(self, part: str) -> int:
+        """See :meth:`Saved.create`."""
+        self._fds[part] = os.memfd_create(f"vmette-{part}", os.MFD_CLOEXEC)
+        return os.dup(self._fds[part])
+
+    def open(self, part: str) -> int:
+        """See :meth:`Saved.open`."""
+        return os.open(self.path(part), os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Lets go of them."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,17 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from .errors import ConfigError, GuestError, SandboxClosed, VmetteError, VmmError
 from .guest import clock_command
 from .linux import strerror
-from .machine import Machine, MachineOptions, booted, prepare
+from .machine import SNAPSHOT, Machine, MachineOptions, booted, prepare
 from .process import MAX_OUTPUT, Captured, CompletedProcess, Popen, Redirection, encoded, run
 from .protocol import decode_error
+from .snapshots import is_savable
 from .timings import Stopwatch, Timing
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from .filesystem import Files
     from .guest import Guest
+    from .snapshots import Snapshot
     from .vsock import Vsock
 
 logger = logging.getLogger(__name__)
@@ -201,10 +204,21 @@ class Sandbox:
         for name, seconds in {"max_lifetime": max_lifetime, "idle_timeout": idle_timeout}.items():
             if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
                 raise ConfigError(f"{name} of {seconds} seconds cannot be kept")
-        self.rootfs = os.fspath(rootfs)
-        self._machine = prepare(rootfs, options)
+        self._start(os.fspath(rootfs), prepare(rootfs, options), max_lifetime, idle_timeout)
+
+    def _start(self, rootfs: str, machine: Machine, max_lifetime: float | None, idle_timeout: float | None) -> None:
+        self.rootfs = rootfs
+        self._limits = max_lifetime, idle_timeout
+        # A machine that can be saved is one that may be: see `snapshot` and `fork`.
+        self._machine = replace(machine, config=replace(machine.config, savable=is_savable(machine.config)))
         self._session = Session(self._machine, max_lifetime=max_lifetime, idle_timeout=idle_timeout)
         self._finalizer = weakref.finalize(self, self._session.close)
+
+    def _copy(self, machine: Machine) -> Sandbox:
+        """Another sandbox with this one's limits."""
+        copy = Sandbox.__new__(Sandbox)
+        copy._start(self.rootfs, machine, *self._limits)
+        return copy
 
     def __enter__(self) -> Sandbox:
         return self
@@ -246,6 +260,62 @@ class Sandbox:
         if run(self._session, command, b"", captured).code != 0:
             failure = decode_error(0, captured.stderr)
             raise GuestError(f"the guest cannot set its clock: {strerror(failure.errno)}")
+
+    @property
+    def came_up(self) -> str:
+        """How it came up: `woken from a template`, or `booted`, and why."""
+        return self._session.stopwatch.way
+
+    def snapshot(self, target: str | os.PathLike[str]) -> Snapshot:
+        """Saves the machine as it is, all that runs in it included. It stands still meanwhile, and goes on.
+
+        What is open between this program and the guest is not saved: in a machine that wakes from it, the commands
+        of this sandbox go on with their input at its end and their output going nowhere.
+
+        Args:
+            target: A name; or a path, if it has a `/`, of a directory that is made.
+
+        Raises:
+            ConfigError: the target is no name or taken, or the machine has shares, disks or secrets.
+            VmmError, GuestError, VmetteError: it cannot be saved.
+            SandboxClosed: the VM has ended.
+        """
+        from .snapshots import save_running
+
+        return self._session.call(lambda guest: save_running(guest, self._machine, target, self.rootfs))
+
+    @classmethod
+    def restore(
+        cls,
+        target: str | os.PathLike[str],
+        *,
+        max_lifetime: float | None = None,
+        idle_timeout: float | None = None,
+        **options: Unpack[MachineOptions],
+    ) -> Sandbox:
+        """A sandbox that wakes from a snapshot, by its name or its path.
+
+        Raises:
+            ConfigError: there is none, or an option is of what was settled when it was made.
+            VmmError: something that it needs has changed since, or it is damaged.
+        """
+        return cls(f"{SNAPSHOT}{os.fspath(target)}", max_lifetime=max_lifetime, idle_timeout=idle_timeout, **options)
+
+    def fork(self, count: int = 1) -> list[Sandbox]:
+        """So many copies of this sandbox as it is now; it goes on. Their memory is one until they write to it.
+
+        Each has a clock, random numbers, a host name (this one's, and its number), a network address and a scratch disk
+        of its own. Of its services it has those that lead out: what was published is this sandbox's alone. Secrets and
+        certificates are in it as they were. See also :meth:`snapshot`.
+
+        Raises:
+            ConfigError: the machine has shares or disks, or `count` is less than 1.
+            VmmError, GuestError: it cannot be saved, or a copy does not wake.
+            SandboxClosed: the VM has ended.
+        """
+        from .fork import fork
+
+        return fork(self, count)
 
     @property
     def files(self) -> Files:

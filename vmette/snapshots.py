@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import assets, saved
+from . import assets, saved, vmm
 from .config import Command, MachineConfig, Saved
 from .errors import ConfigError, SandboxTimeout, VmetteError, VmmError, reason
 from .providers.base import BlockFs, BlockImage, ImageConfig
@@ -124,7 +124,7 @@ def create(
         raise ConfigError("secrets and ways out are given to the machines that wake from a snapshot, not to it")
     with _staging(directory) as staging:
         config = replace(machine.config, savable=True)
-        _check_savable(config)
+        check_savable(config)
         with booted(replace(machine, config=config, template=False), Stopwatch()) as guest:
             guest.turn_until(lambda: guest.kernel is not None)
             if warm_up:
@@ -140,16 +140,25 @@ def save_running(guest: Guest, machine: Machine, target: str | os.PathLike[str],
         VmetteError: it could not.
     """
     directory = _directory(target)
-    _check_savable(machine.config)
+    if machine.services is not None and machine.services.secrets:
+        raise ConfigError("a machine with secrets is not saved: they would be on the disk")
     with _staging(directory) as staging:
         return save(guest, machine, staging, directory, rootfs, ())
 
 
-def _check_savable(config: MachineConfig) -> None:
-    if not isinstance(config.root, BlockImage):
-        raise ConfigError("a machine whose root filesystem is a directory cannot be saved; make it a block image")
-    if config.shares or config.disks:
-        raise ConfigError("a machine with shares or disks cannot be saved")
+def is_savable(config: MachineConfig) -> bool:
+    """Whether a machine can be saved in the midst of its life."""
+    return isinstance(config.root, BlockImage) and not config.shares and not config.disks
+
+
+def check_savable(config: MachineConfig) -> None:
+    """Does nothing if :func:`is_savable`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not is_savable(config):
+        raise ConfigError("a machine with shares or disks, or a directory for its root, cannot be saved")
 
 
 def save(
@@ -163,7 +172,8 @@ def save(
     last: bool = False,
 ) -> Snapshot:
     """Saves the machine of `guest` in `staging`, which will be `directory`."""
-    config = guest.config
+    config = vmm.settled(guest.config)
+    check_savable(config)
     assert isinstance(config.root, BlockImage)
     files = Saved(staging)
     try:

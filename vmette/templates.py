@@ -14,7 +14,8 @@ import os
 import shutil
 import time
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from . import assets, saved
 from .config import MachineConfig, Saved, Share
 from .errors import VmetteError, VmmError, reason
 from .files import write_atomically
+from .locks import held
 from .providers.base import BlockImage
 
 if TYPE_CHECKING:
@@ -134,19 +136,15 @@ class Template:
             OSError: there is no room for it.
         """
         directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-        staging = self.path.with_name(f".{self.path.name}.part")
         lock = os.open(directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             sweep()
             if self.path.exists():
                 return
-            try:
-                staging.mkdir(mode=0o700)
-                self._boot_and_save(staging)
-                staging.rename(self.path)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+            with staging() as place:
+                self._boot_and_save(place)
+                place.rename(self.path)
             self._failed.unlink(missing_ok=True)
             prune()
         except BlockingIOError:
@@ -158,19 +156,19 @@ class Template:
         finally:
             os.close(lock)
 
-    def _boot_and_save(self, staging: Path) -> None:
+    def _boot_and_save(self, place: Path) -> None:
         from .machine import Machine, booted
         from .timings import Stopwatch
 
-        empty = staging / "empty"
+        empty = place / "empty"
         empty.mkdir(mode=0o500)
         shares = tuple(Share(share.tag, empty, read_only=True) for share in self.config.shares)
         config = replace(self.config, shares=shares, shares_later=True, savable=True, hostname="vmette")
         with booted(Machine(config, template=False), Stopwatch()) as guest:
             guest.turn_until(lambda: guest.kernel is not None, time.monotonic() + BOOT_SECONDS)
-            guest.save(Saved(staging), last=True)
+            guest.save(Saved(place), last=True)
         empty.rmdir()
-        saved.seal(Saved(staging), self.config, {})
+        saved.seal(Saved(place), self.config, {})
 
 
 def unfit(config: MachineConfig) -> str | None:
@@ -229,12 +227,36 @@ def find(config: MachineConfig, stopwatch: Stopwatch) -> Template | None:
     return template
 
 
+@contextmanager
+def staging() -> Iterator[Path]:
+    """A directory to save a machine in. It is gone at the end, unless it has become something else.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    import tempfile
+
+    directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(dir=directory(), prefix=".", suffix=".part"))
+    fd = held(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(fd)
+
+
 def sweep() -> None:
-    """Removes what processes left that did not come to their end. Nobody else may be making a template."""
+    """Removes what processes left that did not come to their end."""
     for path in directory().glob(".*.*"):
         with suppress(OSError):
             if path.suffix in {".part", ".gone"}:
-                shutil.rmtree(path)
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path)
+                finally:
+                    os.close(fd)
             elif path.suffix == ".failed" and time.time() - path.stat().st_mtime > RETRY_SECONDS:
                 path.unlink()
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from .. import assets
 from ..config import ROOT_TAG, MachineConfig, Saved, Share
@@ -211,8 +211,8 @@ class QemuMachine(VirtualMachine):
 
     def _wake(self, saved: Saved) -> None:
         assert self._monitor is not None
-        with saved.state.open("rb") as file:
-            self._monitor.receive(file.fileno(), memory=False)
+        with _closing(saved.open("state")) as state:
+            self._monitor.receive(state, memory=False)
         from ..protocol import Resume
 
         shares = share_tokens([(share, "9p") for share in placed(self.config)])
@@ -229,16 +229,12 @@ class QemuMachine(VirtualMachine):
         if self._memory < 0:
             self._save_copy(to)
             return
-        with _created(to.state) as file:
-            self._monitor.send(file.fileno(), memory=False)
-        if to.memory is not None:
-            copy_with_holes(self._memory, to.memory)
-        else:
-            with _created(to.ram) as file:
-                copy_with_holes(self._memory, file.fileno())
-        if self._scratch >= 0:
-            with _created(to.scratch) as file:
-                copy_with_holes(self._scratch, file.fileno())
+        with _closing(to.create("state")) as state:
+            self._monitor.send(state, memory=False)
+        for part, source in {"ram": self._memory, "scratch": self._scratch}.items():
+            if source >= 0:
+                with _closing(to.create(part)) as target:
+                    copy_with_holes(source, target)
 
     def _save_copy(self, to: Saved) -> None:
         """Saves a machine whose memory is its own pages and those of what it woke from: another QEMU gathers them."""
@@ -303,7 +299,7 @@ class QemuMachine(VirtualMachine):
             self._monitor = Monitor(ours)
             monitor = self._pass_on(theirs.enter_context(connection).fileno())
         if saved is not None:
-            memory = own(os.open(saved.ram, os.O_RDONLY) if saved.memory is None else os.dup(saved.memory))
+            memory = own(saved.open("ram"))
         elif self.config.savable:
             self._memory = os.memfd_create("vmette-memory", os.MFD_CLOEXEC)
             os.ftruncate(self._memory, self.config.mem_mib << 20)
@@ -311,7 +307,7 @@ class QemuMachine(VirtualMachine):
         if self.config.scratch_mib is not None:
             from .scratch import unnamed
 
-            fd = unnamed(self.config.scratch_mib, None if saved is None else saved.scratch)
+            fd = unnamed(self.config.scratch_mib, None if saved is None else saved.path("scratch"))
             if self.config.savable:
                 self._scratch = fd
             scratch = self._pass_on(fd) if self.config.savable else own(fd)
@@ -360,11 +356,11 @@ class QemuMachine(VirtualMachine):
 
 
 @contextmanager
-def _created(path: Path) -> Iterator[BinaryIO]:
-    """A new file, for the user alone."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "r+b") as file:
-        yield file
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def placed(config: MachineConfig) -> tuple[Share, ...]:

@@ -261,7 +261,7 @@ def records(config: MachineConfig, root: Path | None, scratch: Path | None) -> I
     if config.rosetta:
         yield "rosetta", ROSETTA_TAG
     if config.saved is not None:
-        yield "identifier", config.saved.identifier.read_bytes().hex()
+        yield "identifier", config.saved.path("identifier").read_bytes().hex()
     if config.network:
         yield "network", ""
     if config.vsock:
@@ -309,7 +309,7 @@ class VzMachine(VirtualMachine):
                 if root.stat().st_size % SECTOR:
                     root = self._keep(Named.padded(root, SECTOR))
             if config.scratch_mib is not None:
-                made = config.saved and Named.copy(config.saved.scratch)
+                made = config.saved and Named.copy(config.saved.path("scratch"))
                 self._scratch = made or Named.scratch(config.scratch_mib)
                 scratch = self._keep(self._scratch)
             described = encode(records(config, root, scratch))
@@ -352,7 +352,7 @@ class VzMachine(VirtualMachine):
     def _wake(self, saved: Saved) -> None:
         from ..protocol import Resume
 
-        self._link.post(Request.RESTORE, os.fsencode(saved.state.absolute()), answered=self._refused)
+        self._link.post(Request.RESTORE, os.fsencode(saved.path("state").absolute()), answered=self._refused)
         self._link.post(Request.RESUME, answered=self._started)
         self.resume = Resume.now(self.config.hostname)
 
@@ -361,12 +361,13 @@ class VzMachine(VirtualMachine):
 
     def save(self, to: Saved) -> None:
         """See :meth:`VirtualMachine.save`."""
-        to.identifier.write_bytes(self._link.request(Request.IDENTIFIER).payload)
+        with os.fdopen(to.create("identifier"), "wb") as identifier:
+            identifier.write(self._link.request(Request.IDENTIFIER).payload)
         self._link.request(Request.PAUSE)
-        self._link.request(Request.SAVE, os.fsencode(to.state.absolute()), SAVE_SECONDS)
+        self._link.request(Request.SAVE, os.fsencode(to.path("state").absolute()), SAVE_SECONDS)
         if self._scratch is not None:
-            with to.scratch.open("xb") as file:
-                copy_with_holes(self._scratch.fd, file.fileno())
+            with os.fdopen(to.create("scratch"), "wb") as scratch:
+                copy_with_holes(self._scratch.fd, scratch.fileno())
 
     def go_on(self) -> None:
         """See :meth:`VirtualMachine.go_on`."""
