@@ -9,6 +9,8 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Sets up the process that all tests run in."""
     _take_signals()
+    if not config.getoption("--templates"):  # each test boots its own machine, and leaves nothing in the background
+        os.environ["VMETTE_TEMPLATES"] = "0"
     config.addinivalue_line("markers", "only_qemu: tests what only QEMU has or does")
     if config.getoption("--backend") == "vz":
         from tests.fake_vz.build import program
@@ -35,6 +37,7 @@ def _take_signals() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--arch", default=None, help="also run the tests of this guest architecture")
+    parser.addoption("--templates", action="store_true", help="have machines wake from templates where they can")
     parser.addoption("--backend", default="qemu", choices=["qemu", "vz"], help="what runs VMs; vz is a stand-in here")
 
 

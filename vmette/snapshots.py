@@ -74,10 +74,11 @@ class Snapshot:
 
         Raises:
             VmetteError: something that it needs is gone.
+            TypeError, ValueError, KeyError: it has been tampered with.
         """
-        return MachineConfig(
-            BlockImage(Path(self.root), BlockFs(self.fstype)), **self.machine, saved=Saved(self.directory)
-        )
+        fields: dict[str, Any] = {name: self.machine[name] for name in _SAVED_FIELDS}
+        fields |= {name: Path(self.machine[name]) for name in _SAVED_PATHS}
+        return MachineConfig(BlockImage(Path(self.root), BlockFs(self.fstype)), **fields, saved=Saved(self.directory))
 
 
 _SAVED_FIELDS = (
@@ -305,6 +306,8 @@ def machine(target: str, options: MachineOptions) -> Machine:
         saved.check(Saved(snapshot.directory), config, meta)
     except VmetteError as error:
         raise _useless(snapshot.directory, error) from error
+    except (TypeError, ValueError, KeyError) as error:
+        raise _useless(snapshot.directory, "it is damaged") from error
     image = None if snapshot.image is None else _image(snapshot.image)
     return Machine(config, image, for_image(services(options), image), options.get("cancelled"), template=False)
 

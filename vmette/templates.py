@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 MAX_TEMPLATES = 16
 """More are not kept: those that were used last are."""
 BOOT_SECONDS = 120.0
+MIN_FREE = 1 << 30
+"""Bytes of the disk that must be free: with less, a template would be in others' way."""
 RETRY_SECONDS = 3600.0
 """After a template could not be made, it is tried again."""
 MAX_SHARE_TEXT = 3000
@@ -68,11 +70,11 @@ class Template:
 
     def problem(self) -> str | None:
         """Why no machine can wake from it now; None if one can."""
+        if not self.path.exists():
+            return "there is no template yet"
         try:
             meta = saved.read(self.saved)
             saved.check(self.saved, self.config, meta)
-        except FileNotFoundError:
-            return "there is no template yet"
         except (OSError, ValueError, VmmError) as error:
             logger.info("template %s: %s", self.path, error)
             self.drop()
@@ -142,6 +144,8 @@ class Template:
             sweep()
             if self.path.exists():
                 return
+            if shutil.disk_usage(directory()).free < MIN_FREE:
+                raise VmetteError(f"there is too little room in {directory()}")
             with staging() as place:
                 self._boot_and_save(place)
                 place.rename(self.path)

@@ -31,6 +31,7 @@ with atheris.instrument_imports(include=["vmette"]):
         Hello,
         Opened,
         Output,
+        Paused,
         Writable,
         decode_record,
         encode_record,
@@ -62,6 +63,7 @@ class Host:
             self.greeted = True
             assert all(text.isprintable() for text in (event.kernel, *(each.name for each in event.milestones)))
             return
+        assert not isinstance(event, Paused)  # which nobody has asked for
         if isinstance(event, Failure):
             assert event.stream == 0 or self.greeted
             assert 0 <= event.errno <= MAX_ERRNO

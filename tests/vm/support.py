@@ -21,6 +21,11 @@ def vmm_name() -> str:
     return "vmette-vz" if os.environ.get("VMETTE_VMM") == "vz" else "QEMU"
 
 
+def vz() -> bool:
+    """Whether Virtualization.framework's stand-in runs VMs."""
+    return vmm_name() == "vmette-vz"
+
+
 def vmm_processes() -> dict[int, str]:
     """The processes of this machine that run VMs or serve them: pid and command line."""
     found = {}

@@ -150,7 +150,18 @@ form_option = click.option(
     default=True,
     help="Wake from a machine that was saved at the end of its boot, or boot.  [default: wake]",
 )
-@click.option("--snapshot", metavar="NAME", help="Wake a machine from this snapshot, in place of a boot of ROOTFS.")
+@click.option(
+    "--snapshot",
+    "--resume-snapshot",
+    "snapshot",
+    metavar="NAME|PATH",
+    help="Wake a machine from this snapshot, in place of a boot of ROOTFS.",
+)
+@click.option(
+    "--build-snapshot",
+    metavar="NAME|PATH",
+    help="Save the machine here when COMMAND, if there is one, has ended well. See `vmette snapshot`.",
+)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="ROOTFS [COMMAND]...")
 def command(
     rootfs_option: str | None,
@@ -198,6 +209,7 @@ def command(
     timings: bool,
     template: bool,
     snapshot: str | None,
+    build_snapshot: str | None,
     words: tuple[str, ...],
 ) -> int:
     """Run COMMAND in a fresh microVM whose root filesystem is ROOTFS.
@@ -308,6 +320,13 @@ def command(
         stopwatch.reached("rootfs")
         return machine, request, bool(named)
 
+    if build_snapshot is not None:
+        if detach or tty or snapshot is not None:
+            raise click.UsageError("--build-snapshot excludes --detach, --tty and --snapshot")
+        from .snapshot import create_from
+
+        create_from(rootfs, build_snapshot, tuple(arguments), options, timeout=timeout or None, quiet=quiet)
+        return 0
     if detach:
         from ..detached.client import reserved
         from ..detached.machines import new_state

@@ -122,8 +122,7 @@ class Supervisor:
         debug = (lambda line: self._log.line(f"[guest] {line}")) if self._task.debug else None
         error: Exception | None = None
         try:
-            with booted(machine, Stopwatch(), debug=debug) as self.guest, self._listen() as listener:
-                self.guest.turn_until(lambda: self.guest.kernel is not None)
+            with booted(machine, Stopwatch(), debug=debug, lasting=True) as self.guest, self._listen() as listener:
                 self.guest.watch(signals, lambda: self._signalled(signals))
                 self._start()
                 self._say_that_it_is_up()
