@@ -25,7 +25,7 @@ from .config import MachineConfig, Saved, Share
 from .errors import VmetteError, VmmError, reason
 from .files import write_atomically
 from .locks import held
-from .providers.base import BlockImage
+from .providers.base import BlockImage, Context
 
 if TYPE_CHECKING:
     from .timings import Stopwatch
@@ -47,7 +47,7 @@ _PROGRAM = "import os; os.chdir('/'); from vmette.templates import main; main()"
 
 def directory() -> Path:
     """Where all of them are."""
-    return assets.cache_root() / "templates"
+    return assets.cache_root() / "store" / "templates"  # of the cache of images: see images/prune.py
 
 
 class Template:
@@ -151,6 +151,7 @@ class Template:
                 place.rename(self.path)
             self._failed.unlink(missing_ok=True)
             prune()
+            _evict()
         except BlockingIOError:
             return
         except (VmetteError, OSError) as error:
@@ -273,6 +274,12 @@ def prune() -> None:
             found.append((path.stat().st_mtime, path))
     for _, path in sorted(found)[:-MAX_TEMPLATES]:
         _remove(path)
+
+
+def _evict() -> None:
+    from .providers.layered import evict, store_of
+
+    evict(store_of(Context(assets.cache_root())))
 
 
 def _remove(path: Path) -> None:

@@ -126,6 +126,7 @@ def test_the_commands(cache: Path) -> None:
         ["images", "3"],
         ["directories", "0"],
         ["downloads", "0"],
+        ["templates", "0"],
         ["total", "6"],
     ]
     assert vmette(cache, "cache", "prune").returncode == 2

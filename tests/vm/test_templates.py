@@ -31,7 +31,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The directory for templates, of this test alone."""
     monkeypatch.delenv("VMETTE_TEMPLATES", raising=False)
     monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path / "cache"))
-    yield tmp_path / "cache/templates"
+    yield tmp_path / "cache/store/templates"
     wait_until(lambda: not builders(), "the end of all that makes templates")
 
 
@@ -349,6 +349,21 @@ def test_those_that_were_used_last_are_kept(place: Path, monkeypatch: pytest.Mon
         assert sandbox.run(["md5sum", "/bin/busybox"]).returncode == 0
 
 
+def test_they_are_of_the_cache(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build()
+    assert any(line.split()[:2] == [b"templates", b"1"] for line in cli("cache", "df").stdout.splitlines())
+    os.utime(first.path, (1, 1))
+    monkeypatch.setenv(
+        "VMETTE_CACHE_MAX_BYTES", str(first_size := sum(each.stat().st_blocks * 512 for each in first.path.iterdir()))
+    )
+    second = build(mem_mib=256)
+    assert first_size > 10 << 20
+    assert made(place) == [second.path]
+    os.utime(second.path, (1, 1))
+    assert cli("cache", "prune", "--all").stdout.startswith(b"removed 1 entries")
+    assert made(place) == []
+
+
 # --- What becomes of a builder
 
 
@@ -383,7 +398,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(templates, "MIN_FREE", 0)
         with pytest.raises((vmette.VmetteError, OSError)):
             template.make()
-        names = {path.name for path in (disk / "templates").iterdir()}
+        names = {path.name for path in (disk / "store/templates").iterdir()}
         assert names <= {".lock", f".{template.path.name}.failed"}
     finally:
         subprocess.run(["umount", disk], check=True)

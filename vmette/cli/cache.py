@@ -18,18 +18,18 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 @click.group()
 def command() -> None:
-    """See what the cache of images holds, and clear it."""
+    """See what the cache of images and templates holds, and clear it."""
 
 
 @command.command()
 def df() -> None:
     """Print how much of the disk the cache takes, by kind."""
-    from ..images.prune import items
+    from ..images.prune import KINDS, items
 
     store = store_of(Context(assets.cache_root()))
     found = list(items(store))
     click.echo(f"{'KIND':<12} {'ENTRIES':>7} {'SIZE':>9}")
-    for kind in ("layers", "images", "directories", "downloads"):
+    for kind in KINDS:
         sizes = [item.size for item in found if item.kind == kind]
         click.echo(f"{kind:<12} {len(sizes):>7} {human(sum(sizes)):>9}")
     click.echo(f"{'total':<12} {len(found):>7} {human(sum(item.size for item in found)):>9}")

@@ -25,7 +25,7 @@ MAX_WAIT = 1e6
 """Seconds that are waited at once: a socket's time-out is less than 25 days."""
 _INHERITED = re.compile(
     "PATH|HOME|TMPDIR|TEMP|TMP|TZ|LANG|LANGUAGE|LC_[A-Z]+|LD_LIBRARY_PATH|PYTHON[A-Z0-9]+"
-    "|XDG_(CACHE|CONFIG|STATE)_HOME|XDG_RUNTIME_DIR|VMETTE_(ASSETS|CACHE|STATE)_DIR|VMETTE_(VMM|VZ|VSOCK|TEMPLATES)"
+    "|XDG_(CACHE|CONFIG|STATE)_HOME|XDG_RUNTIME_DIR|VMETTE_(ASSETS|CACHE|STATE)_DIR|VMETTE_(VMM|VZ|VSOCK|TEMPLATES|CACHE_MAX_BYTES)"
 )
 """What a supervisor has of its client's environment, and shows in /proc as long as it lives: only what itself, Python
 and QEMU read. In the rest may be secrets, such as those of the guest or a registry's tokens."""

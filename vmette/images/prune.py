@@ -19,12 +19,16 @@ GRACE_SECONDS = 5.0
 """An entry that was asked for so recently is left alone: whoever did may not hold it yet."""
 
 
+KINDS = ("layers", "images", "directories", "downloads", "templates")
+"""Of entries: directories of the store (see :class:`vmette.images.store.Store`, and :mod:`vmette.templates`)."""
+
+
 @dataclass(frozen=True)
 class Item:
     """An entry of the cache."""
 
     kind: str
-    """`layers`, `images`, `directories` or `downloads`."""
+    """One of :data:`KINDS`."""
     path: Path
     size: int
     """Bytes on the disk."""
@@ -43,9 +47,9 @@ def items(store: Store) -> Iterator[Item]:
     Raises:
         OSError: the cache cannot be read.
     """
-    for root in (store.layers, store.images, store.directories, store.downloads):
+    for root in (store.root / kind for kind in KINDS):
         if root.is_dir():
-            for path in root.iterdir():
+            for path in root.glob("[!.]*"):  # where others begin with a point, they are on their way
                 with suppress(FileNotFoundError):  # somebody else is faster
                     yield Item(root.name, path, size_of(path), path.stat().st_mtime)
 
