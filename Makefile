@@ -17,7 +17,7 @@ AARCH64_PACKAGES := gcc-aarch64-linux-gnu libc6-dev-arm64-cross mmdebstrap qemu-
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: run test lint docs payload payload-aarch64 test-aarch64 test-vz test-macos wheel-macos wheel-linux \
+.PHONY: run test lint bench docs payload payload-aarch64 test-aarch64 test-vz test-macos wheel-macos wheel-linux \
         wheel-linux-aarch64 system clean
 
 run: payload
@@ -36,6 +36,12 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Start-up, many machines at once, a thousand runs: half an hour.
+bench: payload .venv/test
+	@tools/system-packages.sh $(TEST_PACKAGES) bubblewrap runc
+	$(PIP) --group bench
+	$(BIN)/python -m bench $(ARGS)
 
 docs: .venv/test
 	$(BIN)/pdoc --docformat google --no-show-source -o build/docs vmette vmette.machine vmette.errors vmette.providers

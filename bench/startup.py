@@ -1,57 +1,70 @@
-"""How long `vmette run builtin://base true` takes, against what the same VM needs with nothing of vmette in it.
+"""How long a command takes from nothing to its end, against what else could run it.
 
-    .venv/bin/python -m bench.startup [--runs N]
+    .venv/bin/python -m bench.startup [--runs N] [--quick]
 
-- vmette: the whole run, from the start of the process to its end.
+`true` in the built-in root filesystem:
+
+- cold: `vmette run --no-template builtin://base true`, from the start of the process to its end.
+- template: `vmette run builtin://base true`, when there is a template.
+- pool: a sandbox from a `vmette.Pool`, `true` in it, in a program that runs.
 - python: a bare `python -c ''`, which every Python program pays.
 - floor: the same QEMU command line and kernel, with an init that powers off at once, started by a shell.
 - debian: the same, with the kernel of Debian's linux-image-cloud-amd64 (downloaded with apt; x86_64 only).
+- virtme-ng: that kernel and this computer's own root by `vng`, from PyPI.
+- bwrap, runc: a container of the same root, which shares this computer's kernel: what people compare with.
 
-The four take turns, so that what else the machine does falls on all alike. It prints medians and ratios.
+`python3 -c pass` in Debian with python3: cold, template, pool, bwrap. All take turns. It prints medians and ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import compileall
+import json
+import os
+import platform
 import shlex
+import shutil
 import stat
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import venv
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import vmette
+from bench.measure import Report, in_turns, wall
 from tools.initramfs import Entry, newc
 from vmette import assets
 from vmette.config import MachineConfig
+from vmette.machine import prepare
 from vmette.providers import BlockFs, BlockImage
+from vmette.templates import Template
 from vmette.vmm.qemu import choose_accel, command_line
 
 OFF = """
 #include <sys/reboot.h>
 int main(void) { reboot(RB_POWER_OFF); for (;;) {} }
 """
-
-VMETTE = [sys.executable, "-m", "vmette", "run", "builtin://base", "true"]
+BASE = "builtin://base"
+PEERS = {
+    "boxlite (PyPI)": "needs /dev/kvm, under which ordinary kernels hang here",
+    "microsandbox (PyPI)": "needs /dev/kvm, and images from a registry that is out of reach here",
+    "smolvm (PyPI)": "downloads its kernel and Firecracker from where nothing is reached here",
+    "firecracker-python (PyPI)": "drives Firecracker, which needs /dev/kvm",
+}
+"""Other microVM packages, and why they do not start on the development machine."""
 
 
 def floor_initramfs(directory: Path) -> Path:
     """An initramfs whose init powers off."""
     (directory / "off.c").write_text(OFF)
-    compiler = [
-        sys.executable,
-        "-m",
-        "ziglang",
-        "cc",
-        "-target",
-        f"{assets.host_arch()}-linux-musl",
-        "-static",
-        "-Os",
-        "-s",
-    ]
+    target = f"{assets.host_arch()}-linux-musl"
+    compiler = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-static", "-Os", "-s"]
     subprocess.run([*compiler, directory / "off.c", "-o", directory / "off"], check=True)
     image = directory / "off.cpio"
     init = Entry("init", stat.S_IFREG | 0o755, (directory / "off").read_bytes())
@@ -80,38 +93,164 @@ def floor(kernel: Path | None, initramfs: Path) -> list[str]:
     return ["sh", "-c", f"{shlex.join(argv)} && true"]
 
 
-def wall(argv: list[str]) -> float:
-    """Milliseconds that `argv` takes."""
-    start = time.perf_counter()
-    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    return (time.perf_counter() - start) * 1000
+def vmette_run(spec: str, *options: str, command: Sequence[str]) -> Callable[[], float]:
+    """The whole process of `vmette run`."""
+    return partial(wall, [sys.executable, "-m", "vmette", "run", *options, spec, *command])
+
+
+def bwrap(root: Path, command: Sequence[str]) -> Callable[[], float]:
+    """A container of `root` in namespaces of its own."""
+    options = ["--ro-bind", str(root), "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--unshare-all"]
+    return partial(wall, ["bwrap", *options, *command])
+
+
+def runc(root: Path, directory: Path) -> Callable[[], float]:
+    """A container of `root` by runc, as its own `spec` describes one."""
+    bundle = directory / "bundle"
+
+    def run() -> float:
+        if not bundle.exists():
+            bundle.mkdir()
+            subprocess.run(["runc", "spec"], cwd=bundle, check=True, capture_output=True)
+            spec = json.loads((bundle / "config.json").read_text())
+            spec["process"] |= {"terminal": False, "args": ["true"]}
+            spec["root"] = {"path": str(root), "readonly": True}
+            (bundle / "config.json").write_text(json.dumps(spec))
+        return wall(["runc", "run", "--bundle", bundle, f"vmette-bench-{os.getpid()}"])
+
+    return run
+
+
+def virtme(kernel: Path, directory: Path) -> Callable[[], float]:
+    """A run of `true` by virtme-ng in a VM whose root is this computer's own."""
+    place = directory / "vng"
+
+    def run() -> float:
+        if not place.exists():
+            venv.create(place, with_pip=True)
+            subprocess.run([place / "bin/pip", "install", "-q", "virtme-ng"], check=True, capture_output=True)
+        options = ["--disable-kvm", "--memory", "512M", "--cpus", "1", "--exec", "true"]
+        return wall([place / "bin/vng", "--run", kernel, *options], cwd="/")
+
+    return run
+
+
+@contextmanager
+def pool(spec: str, command: Sequence[str]) -> Iterator[Callable[[], float]]:
+    """A hand-out and a command, when a sandbox is ready."""
+    with vmette.Pool(spec, 1, warm_up=command) as ready:
+
+        def run() -> float:
+            while not ready.ready:
+                time.sleep(0.01)
+            start = time.perf_counter()
+            sandbox = ready.acquire()
+            sandbox.run(command, check=True)
+            took = (time.perf_counter() - start) * 1000
+            sandbox.close()
+            while not ready.ready:  # what refills it is not to be in the others' way
+                time.sleep(0.01)
+            return took
+
+        yield run
+
+
+def unpacked(directory: Path) -> Path:
+    """The files of the built-in root filesystem."""
+    root = directory / "base"
+    subprocess.run(["unsquashfs", "-q", "-n", "-d", root, assets.base_image()], check=True)
+    return root
+
+
+def debian_python(directory: Path) -> tuple[str, Path]:
+    """Debian with python3: a spec, and its files."""
+    archive, root = directory / "python.tar", directory / "python"
+    release = platform.freedesktop_os_release()["VERSION_CODENAME"]
+    options = ["--variant=essential", "--include=python3-minimal", "--quiet"]
+    subprocess.run(["mmdebstrap", *options, release, archive], check=True)
+    root.mkdir()
+    subprocess.run(["tar", "-xf", archive, "-C", root, "--exclude=./dev/*"], check=True)
+    return f"tar+file://{archive}", root
+
+
+def make_template(spec: str) -> None:
+    """Makes the template that a plain `vmette run` wakes from."""
+    template = Template(prepare(spec, {}).config)
+    if template.problem() is not None:
+        template.make()
+
+
+def measure(runs: int, *, quick: bool = False) -> list[Report]:
+    """`true` in the built-in root, and (unless `quick`) python3 in Debian."""
+    compileall.compile_dir(Path(vmette.__file__).parent, quiet=1)  # as an installation has it
+    reports = [Report("true", left_out=dict(PEERS))]
+    with tempfile.TemporaryDirectory(prefix="vmette-bench-") as name, ExitStack() as stack:
+        directory = Path(name)
+        initramfs = floor_initramfs(directory)
+        make_template(BASE)
+        contenders: dict[str, Callable[[], float]] = {
+            "python": partial(wall, [sys.executable, "-c", ""]),
+            "floor": partial(wall, floor(None, initramfs)),
+            "cold": vmette_run(BASE, "--no-template", command=["true"]),
+            "template": vmette_run(BASE, command=["true"]),
+            "pool": stack.enter_context(pool(BASE, ["true"])),
+        }
+        if not quick:
+            root = unpacked(directory)
+            if assets.host_arch() == "x86_64":
+                kernel = debian_kernel(directory)
+                contenders["debian"] = partial(wall, floor(kernel, initramfs))
+                contenders["virtme-ng"] = virtme(kernel, directory)
+            for tool in ("bwrap", "runc"):
+                if shutil.which(tool) is None:
+                    reports[0].left_out[tool] = "it is not installed"
+                else:
+                    contenders[tool] = bwrap(root, ["true"]) if tool == "bwrap" else runc(root, directory)
+        in_turns(contenders, runs, reports[0])
+        _rate(reports[0])
+        stack.close()
+        if not quick:
+            spec, root = debian_python(directory)
+            command = ["python3", "-c", "pass"]
+            reports.append(Report("python3 -c pass in Debian"))
+            subprocess.run(
+                [sys.executable, "-m", "vmette", "pull", "--quiet", spec], check=True, stdout=subprocess.DEVNULL
+            )
+            make_template(spec)
+            contenders = {
+                "cold": vmette_run(spec, "--no-template", command=command),
+                "template": vmette_run(spec, command=command),
+                "pool": stack.enter_context(pool(spec, command)),
+            }
+            if shutil.which("bwrap") is not None:
+                contenders["bwrap"] = bwrap(root, command)
+            in_turns(contenders, runs, reports[1])
+            reports[1].ratios["template / cold"] = reports[1].of("template").median / reports[1].of("cold").median
+            stack.close()
+    return reports
+
+
+def _rate(report: Report) -> None:
+    median = {series.name: series.median for series in report.series}
+    report.ratios = {
+        "cold / (floor + python)": median["cold"] / (median["floor"] + median["python"]),
+        "template / floor": median["template"] / median["floor"],
+        "template / cold": median["template"] / median["cold"],
+    }
+    report.aims = {"cold / (floor + python)": 1.25, "template / floor": 0.3}
+    if "debian" in median:
+        report.ratios["cold / debian"] = median["cold"] / median["debian"]
+    report.facts["pool, ms (aim: 30)"] = median["pool"]
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description="Measure vmette's start-up.")
     parser.add_argument("--runs", type=int, default=20, help="runs of each (20)")
-    runs: int = parser.parse_args().runs
-    compileall.compile_dir(Path(vmette.__file__).parent, quiet=1)  # as an installation has it
-    with tempfile.TemporaryDirectory(prefix="vmette-bench-") as name:
-        directory = Path(name)
-        initramfs = floor_initramfs(directory)
-        commands = {"vmette": VMETTE, "python": [sys.executable, "-c", ""], "floor": floor(None, initramfs)}
-        if assets.host_arch() == "x86_64":
-            commands["debian"] = floor(debian_kernel(directory), initramfs)
-        times: dict[str, list[float]] = {what: [] for what in commands}
-        for run in range(runs + 1):
-            for what, argv in commands.items():
-                took = wall(argv)
-                if run > 0:  # the first one fills caches
-                    times[what].append(took)
-    median = {what: statistics.median(values) for what, values in times.items()}
-    for what, values in times.items():
-        print(f"{what:8} {median[what]:8.1f} ms   ({min(values):.1f} to {max(values):.1f})")
-    print(f"vmette / (floor + python) = {median['vmette'] / (median['floor'] + median['python']):.2f}   (aim: 1.25)")
-    if "debian" in times:
-        print(f"vmette / debian           = {median['vmette'] / median['debian']:.2f}")
-        print(f"floor / debian            = {median['floor'] / median['debian']:.2f}")
+    parser.add_argument("--quick", action="store_true", help="without other people's programs and Debian")
+    given = parser.parse_args()
+    for report in measure(given.runs, quick=given.quick):
+        report.show()
 
 
 if __name__ == "__main__":

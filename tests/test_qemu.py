@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ def test_where_there_is_no_room_for_scratch(tmp_path: Path, monkeypatch: pytest.
 def test_network(attached: Attached | None, backend: str, how: str) -> None:
     argv = argv_of(attached, network=True)
     assert values(argv, "-netdev") == [backend]
-    assert "virtio-net-device,netdev=net" in values(argv, "-device")
+    (card,) = (device for device in values(argv, "-device") if device.startswith("virtio-net-device"))
+    assert re.fullmatch("virtio-net-device,netdev=net,mac=52:54:00(:[0-9a-f]{2}){3}", card)
     assert f"vmette.net={how}" in tokens(argv)
 
 

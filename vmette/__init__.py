@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         VmmError,
     )
     from .executor import SandboxExecutor
+    from .pool import Pool
     from .process import CompletedProcess, Popen
     from .sandbox import Sandbox
     from .timings import Timing
@@ -39,6 +40,7 @@ _HOMES = {
     "AsyncSandbox": "aio",
     "CompletedProcess": "process",
     "Disk": "config",
+    "Pool": "pool",
     "Popen": "process",
     "Sandbox": "sandbox",
     "SandboxExecutor": "executor",
@@ -59,6 +61,7 @@ __all__ = [
     "GuestFileError",
     "OutputTooLarge",
     "PayloadError",
+    "Pool",
     "Popen",
     "ProtocolError",
     "Sandbox",

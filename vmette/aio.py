@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from .errors import OutputTooLarge, SandboxClosed, VmetteError
 from .guest import STOP_SECONDS
-from .machine import MachineOptions, cancellable
+from .machine import SNAPSHOT, MachineOptions, cancellable
 from .process import (
     LINE_BYTES,
     MAX_OUTPUT,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from .aio_files import AsyncFiles
     from .protocol import Usage
+    from .snapshots import Snapshot
     from .timings import Timing
     from .vsock import Vsock
 
@@ -408,6 +409,48 @@ class AsyncSandbox:
     async def sync_clock(self) -> None:
         """Sets the guest's clock by this machine's: see :meth:`vmette.Sandbox.sync_clock`."""
         await in_thread(self._started.sync_clock)
+
+    async def snapshot(self, target: str | os.PathLike[str]) -> Snapshot:
+        """Saves the machine as it is: see :meth:`vmette.Sandbox.snapshot`."""
+        sandbox = self._started
+        return await in_thread(lambda: sandbox.snapshot(target))
+
+    @classmethod
+    def restore(
+        cls,
+        target: str | os.PathLike[str],
+        *,
+        max_lifetime: float | None = None,
+        idle_timeout: float | None = None,
+        **options: Unpack[MachineOptions],
+    ) -> AsyncSandbox:
+        """A sandbox that wakes from a snapshot when it is started: see :meth:`vmette.Sandbox.restore`."""
+        return cls(f"{SNAPSHOT}{os.fspath(target)}", max_lifetime=max_lifetime, idle_timeout=idle_timeout, **options)
+
+    async def fork(self, count: int = 1) -> list[AsyncSandbox]:
+        """So many copies of this sandbox, which have been started: see :meth:`vmette.Sandbox.fork`.
+
+        If this is cancelled, there are none.
+        """
+        forking = in_thread(lambda: self._started.fork(count))
+        try:
+            await asyncio.wait([forking])
+        except asyncio.CancelledError:
+            with suppress(VmetteError, OSError):
+                for copy in await surely(forking):
+                    await surely(in_thread(copy.close))
+            raise
+        return [self._copy(copy) for copy in forking.result()]
+
+    def _copy(self, sandbox: Sandbox) -> AsyncSandbox:
+        copy = AsyncSandbox(self.rootfs)
+        copy._sandbox = sandbox
+        return copy
+
+    @property
+    def came_up(self) -> str:
+        """How it came up: see :attr:`vmette.Sandbox.came_up`."""
+        return self._started.came_up
 
     @property
     def files(self) -> AsyncFiles:

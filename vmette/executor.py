@@ -23,9 +23,13 @@ from .sandbox import Sandbox
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .pool import Pool
+
 OVERHEAD_MIB = 192
 """What QEMU takes beside the guest's memory, most of it for the code that it has translated when it emulates."""
 DEFAULT_MEM_MIB = 512
+PATIENCE_SECONDS = 0.2
+"""How long a wait for a pool goes on before it is asked whether there is still a reason for it."""
 AHEAD = 2
 """Jobs of :meth:`SandboxExecutor.map` that run, wait, or have results that wait, for each worker."""
 
@@ -100,6 +104,7 @@ class SandboxExecutor:
         reuse: Keep VMs for further jobs, which spares each job a boot and costs the isolation *between* jobs: one
             finds the files, the memory and the processes that earlier ones of its VM have left, and may have been
             prepared by them to be lied to. A VM that has died is replaced.
+        pool: Take VMs from there, which are ready, in place of starting them. It says what they are, and is not closed.
         max_output: The most bytes of each of stdout and stderr that are taken of a job.
         options: The machine's: see :class:`vmette.machine.MachineOptions`.
     """
@@ -110,13 +115,17 @@ class SandboxExecutor:
         rootfs: str | os.PathLike[str] = "builtin://base",
         *,
         reuse: bool = False,
+        pool: Pool | None = None,
         max_output: int = MAX_OUTPUT,
         **options: Unpack[MachineOptions],
     ) -> None:
+        if pool is not None and options:
+            raise ConfigError(f"{next(iter(options))} is settled by the pool: leave it out")
         if max_workers is not None and max_workers < 1:
             raise ConfigError(f"{max_workers} workers can do nothing: there must be one")
         self.max_workers = max_workers or default_workers(options.get("mem_mib", DEFAULT_MEM_MIB))
-        self._rootfs = rootfs
+        self._rootfs = rootfs if pool is None else pool.rootfs
+        self._ready_ones = pool
         self._reuse = reuse
         self._max_output = max_output
         self._options = options
@@ -288,7 +297,7 @@ class SandboxExecutor:
                 self._end(sandbox)
             return sandbox
         try:
-            sandbox = Sandbox(self._rootfs, **cancellable(self._options, self._ended.is_set))
+            sandbox = self._new() if self._ready_ones is None else self._taken(self._ready_ones)
         except Cancelled:
             raise SandboxClosed("the executor has ended its sandboxes") from None
         with self._lock:
@@ -296,6 +305,15 @@ class SandboxExecutor:
         if self._ended.is_set():  # perhaps just now, and not seen by kill_workers
             sandbox.close()
         return sandbox
+
+    def _new(self) -> Sandbox:
+        return Sandbox(self._rootfs, **cancellable(self._options, self._ended.is_set))
+
+    def _taken(self, pool: Pool) -> Sandbox:
+        while not self._ended.is_set():
+            with suppress(TimeoutError):
+                return pool.acquire(PATIENCE_SECONDS)
+        raise Cancelled
 
     def _end(self, sandbox: Sandbox) -> None:
         sandbox.close()

@@ -249,15 +249,16 @@ class Sandbox:
         """The milestones of the boot, in seconds since its start."""
         return self._session.stopwatch.timings
 
-    def sync_clock(self) -> None:
+    def sync_clock(self, timeout: float | None = None) -> None:
         """Sets the guest's clock by this machine's: it stood still while this machine slept, if it did.
 
         Raises:
             GuestError: the guest cannot set it.
+            TimeoutExpired: it has not answered within `timeout` seconds.
         """
         command = clock_command()
         captured = Captured(command)
-        if run(self._session, command, b"", captured).code != 0:
+        if run(self._session, command, b"", captured, timeout).code != 0:
             failure = decode_error(0, captured.stderr)
             raise GuestError(f"the guest cannot set its clock: {strerror(failure.errno)}")
 

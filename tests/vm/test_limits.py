@@ -156,7 +156,8 @@ def written(pid: int) -> int:
     """The bytes on this machine's disk of the files that a process holds open and that have no name any more."""
     files = {}
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if entry.readlink().name.endswith("(deleted)"):
+        # (memfd: is its memory)
+        if entry.readlink().name.endswith("(deleted)") and not str(entry.readlink()).startswith("/memfd:"):
             status = entry.stat()
             files[status.st_dev, status.st_ino] = status.st_blocks * 512
     return sum(files.values())

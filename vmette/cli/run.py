@@ -434,9 +434,9 @@ def _process_start() -> float | None:
 
 def _print_timings(stopwatch: Stopwatch) -> None:
     before = 0.0
-    if stopwatch.way:
-        complain(stopwatch.way)
     complain(f"{'milestone':<16} {'at':>10} {'took':>10}")
     for timing in stopwatch.timings:
         complain(f"{timing.name:<16} {timing.seconds * 1000:>7.1f} ms {(timing.seconds - before) * 1000:>7.1f} ms")
         before = timing.seconds
+    if stopwatch.way:
+        complain(stopwatch.way)
