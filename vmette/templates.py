@@ -1,8 +1,8 @@
 """Machines that were saved where a boot ends, so that the next one like it need not boot.
 
 A template is made after the first run of its kind, by a process in the background that boots another machine like it:
-nothing of what anybody ran, nor a secret, is in it. It is found by what the machine is made of; see
-:func:`vmette.saved.facts`.
+nothing of what anybody ran, nor a secret, is in it, only that the image's `true` has been run. It is found by what the
+machine is made of; see :func:`vmette.saved.facts`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import assets, saved
-from .config import MachineConfig, Saved, Share
-from .errors import VmetteError, VmmError, reason
+from .config import Command, MachineConfig, Saved, Share
+from .errors import CommandNotStarted, SandboxTimeout, VmetteError, VmmError, reason
 from .files import write_atomically
 from .locks import held
 from .providers.base import BlockImage, Context
 
 if TYPE_CHECKING:
+    from .guest import Guest
     from .timings import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 MAX_TEMPLATES = 16
 """More are not kept: those that were used last are."""
 BOOT_SECONDS = 120.0
+WARM_UP_SECONDS = 10.0
 MIN_FREE = 1 << 30
 """Bytes of the disk that must be free: with less, a template would be in others' way."""
 RETRY_SECONDS = 3600.0
@@ -171,9 +173,19 @@ class Template:
         config = replace(self.config, shares=shares, shares_later=True, savable=True, hostname="vmette")
         with booted(Machine(config, template=False), Stopwatch()) as guest:
             guest.turn_until(lambda: guest.kernel is not None, time.monotonic() + BOOT_SECONDS)
+            _warm_up(guest)
             guest.save(Saved(place), last=True)
         empty.rmdir()
         saved.seal(Saved(place), self.config, {})
+
+
+def _warm_up(guest: Guest) -> None:
+    """Runs the image's `true`, if it has one: what every command wants of the disk is in memory then."""
+    from .streams import BytesSource, Discard
+
+    nothing = BytesSource(b"")
+    with suppress(CommandNotStarted, SandboxTimeout):
+        guest.run(Command((b"true",)), nothing, Discard(), Discard(), deadline=time.monotonic() + WARM_UP_SECONDS)
 
 
 def unfit(config: MachineConfig) -> str | None:

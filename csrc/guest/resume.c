@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -33,6 +34,11 @@ int name_machine(const char *hostname) {
     dprintf(fd, "127.0.0.1\tlocalhost %s\n::1\tlocalhost ip6-localhost ip6-loopback\n", hostname);
     close(fd);
     return 0;
+}
+
+static bool is_named(const char *hostname) {
+    char name[HOST_NAME_MAX + 1];
+    return gethostname(name, sizeof name) == 0 && strcmp(name, hostname) == 0;
 }
 
 /* Two machines that were woken from one would draw the same numbers otherwise. The kernel takes the seed for what it is
@@ -79,7 +85,8 @@ int resume_machine(const struct resume *resume, int random, const char **stage) 
     *stage = "clock";
     if (resume->clock != 0 && clock_settime(CLOCK_REALTIME, &clock) != 0) return errno;
     *stage = "hostname";
-    if (resume->hostname != NULL && (error = name_machine(resume->hostname)) != 0) return error;
+    if (resume->hostname != NULL && !is_named(resume->hostname) && (error = name_machine(resume->hostname)) != 0)
+        return error;
     *stage = "machine-id";
     return identify_machine();
 }

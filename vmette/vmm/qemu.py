@@ -156,11 +156,9 @@ class Attached:
     """The context id, and the device's descriptor."""
     monitor: int | None = None
     memory: int | None = None
-    """Memory in a file: to be copied as it is written to if the machine `waits`, or else to be seen."""
-    waits: bool = False
-    """For the state of a machine that was saved."""
-    stands: bool = False
-    """When it has taken that."""
+    """Its memory in a file; of a machine that wakes, that from which it copies what it writes to."""
+    incoming: int | None = None
+    """Where the state of another machine comes from, with which this one goes on."""
 
 
 class QemuMachine(VirtualMachine):
@@ -176,7 +174,7 @@ class QemuMachine(VirtualMachine):
     def __enter__(self) -> QemuMachine:
         return self
 
-    def __init__(self, config: MachineConfig, accel: str, *, gathering: bool = False) -> None:
+    def __init__(self, config: MachineConfig, accel: str, *, other: socket.socket | None = None) -> None:
         self.config = config
         self.accel = accel
         self._daemons: list[virtiofsd.Daemon] = []
@@ -197,7 +195,7 @@ class QemuMachine(VirtualMachine):
             self._fds = {0: null, 1: errors, 2: errors}
             self._fds[CONTROL_FD] = theirs.enter_context(control).fileno()
             self._fds[CONSOLE_FD] = theirs.enter_context(console).fileno()
-            attached = self._attach(theirs, gathering=gathering)
+            attached = self._attach(theirs, other)
             argv = command_line(config, accel, partial(self._serve, errors=errors), attached)
             logger.debug("%s", argv)
             self.child: Child = spawn(argv, self._fds, {"PATH": "/usr/bin:/bin"})
@@ -205,14 +203,14 @@ class QemuMachine(VirtualMachine):
             for daemon in self._daemons:
                 daemon.connection.close()
             theirs.close()  # or a QEMU that has ended would be waited for
+            if attached.incoming is not None:
+                assert self._monitor is not None
+                self._monitor.receive(attached.incoming, memory=other is not None)
             if config.saved is not None:
-                self._wake(config.saved)
+                self._wake()
             undo.pop_all()
 
-    def _wake(self, saved: Saved) -> None:
-        assert self._monitor is not None
-        with _closing(saved.open("state")) as state:
-            self._monitor.receive(state, memory=False)
+    def _wake(self) -> None:
         from ..protocol import Resume
 
         shares = share_tokens([(share, "9p") for share in placed(self.config)])
@@ -240,13 +238,12 @@ class QemuMachine(VirtualMachine):
         """Saves a machine whose memory is its own pages and those of what it woke from: another QEMU gathers them."""
         assert self._monitor is not None
         config = replace(self.config, saved=None)
-        with QemuMachine(config, self.accel, gathering=True) as other:
+        ours, theirs = socket.socketpair()
+        with ours, theirs, QemuMachine(config, self.accel, other=theirs) as other:
             assert other._monitor is not None
-            ours, theirs = socket.socketpair()
-            with ours, theirs:
-                other._monitor.receive(theirs.fileno(), memory=True)
-                other._monitor.settle()
-                self._monitor.send(ours.fileno(), memory=True)
+            other._monitor.settle()
+            self._monitor.send(ours.fileno(), memory=True)
+            ours.close()
             while other._monitor.execute("query-status")["status"] == "inmigrate":
                 time.sleep(0.001)
             if self._scratch >= 0:
@@ -283,7 +280,7 @@ class QemuMachine(VirtualMachine):
         self._fds[number] = fd
         return number
 
-    def _attach(self, theirs: ExitStack, *, gathering: bool) -> Attached:
+    def _attach(self, theirs: ExitStack, other: socket.socket | None) -> Attached:
         """Makes ready what the VM gets as descriptors; ours of them are closed with `theirs`."""
 
         def own(fd: int) -> int:
@@ -292,6 +289,7 @@ class QemuMachine(VirtualMachine):
 
         saved = self.config.saved
         scratch = network = vsock = monitor = memory = None
+        incoming = None if other is None else self._pass_on(other.fileno())
         if saved is not None or self.config.savable:
             from .qmp import Monitor
 
@@ -299,7 +297,7 @@ class QemuMachine(VirtualMachine):
             self._monitor = Monitor(ours)
             monitor = self._pass_on(theirs.enter_context(connection).fileno())
         if saved is not None:
-            memory = own(saved.open("ram"))
+            memory, incoming = own(saved.open("ram")), own(saved.open("state"))
         elif self.config.savable:
             self._memory = os.memfd_create("vmette-memory", os.MFD_CLOEXEC)
             os.ftruncate(self._memory, self.config.mem_mib << 20)
@@ -324,7 +322,7 @@ class QemuMachine(VirtualMachine):
                 cid = vhost_vsock.new_cid()
                 self.vsock = vhost_vsock.VhostVsock(cid)
                 vsock = cid, own(vhost_vsock.open_device())
-        return Attached(scratch, network, vsock, monitor, memory, waits=saved is not None, stands=gathering)
+        return Attached(scratch, network, vsock, monitor, memory, incoming)
 
     @property
     def ends(self) -> list[int]:
@@ -434,13 +432,11 @@ def command_line(config: MachineConfig, accel: str, serve: Serve, attached: Atta
     if attached.monitor is not None:
         argv += [*_serial(attached.monitor, "monitor"), "-mon", "chardev=monitor,mode=control"]
     if attached.memory is not None:
-        backing = f"mem-path=/proc/self/fd/{attached.memory},share={'off' if attached.waits else 'on'}"
+        backing = f"mem-path=/proc/self/fd/{attached.memory},share={'on' if config.saved is None else 'off'}"
         argv += ["-object", f"memory-backend-file,id=memory,size={config.mem_mib}M,{backing}"]
         machine += ",memory-backend=memory"
-    if attached.waits or attached.stands:
-        argv += ["-incoming", "defer"]
-    if attached.stands:
-        argv.append("-S")
+    if attached.incoming is not None:
+        argv += ["-incoming", "defer", *(["-S"] if config.saved is None else [])]
     if "virtiofs" in {root_type, *(kind for _, kind in shares)}:  # virtiofsd answers in the guest's own memory
         argv += ["-object", f"memory-backend-memfd,id=memory,size={config.mem_mib}M,share=on"]
         machine += ",memory-backend=memory"

@@ -32,7 +32,8 @@ class Monitor:
 
     def ask(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> None:
         """Has QEMU execute `command`, in its turn; `fd` goes along with it."""
-        line = json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n"
+        words = {"execute": command, **({} if arguments is None else {"arguments": arguments})}
+        line = json.dumps(words, separators=(",", ":")).encode() + b"\n"  # short: QEMU reads it byte by byte
         try:
             sent = socket.send_fds(self._connection, [line], [] if fd is None else [fd])
             self._connection.sendall(line[sent:])
@@ -73,10 +74,12 @@ class Monitor:
             time.sleep(POLL_SECONDS)
 
     def receive(self, source: int, *, memory: bool) -> None:
-        """Has a machine that waits for it go on from what comes from the file or socket `source`: soon, not at once."""
+        """Has a machine that waits for it go on from what comes from a file or socket: soon, not at once.
+
+        `source` is its descriptor in QEMU's process.
+        """
         self._tell_what(memory=memory)
-        self.ask("getfd", {"fdname": "state"}, source)
-        self.ask("migrate-incoming", {"uri": "fd:state"})
+        self.ask("migrate-incoming", {"uri": f"fd:{source}"})
 
     def _tell_what(self, *, memory: bool) -> None:
         # (It is no property, that the command line could set, before QEMU 9.)
