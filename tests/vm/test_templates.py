@@ -352,6 +352,7 @@ def test_those_that_were_used_last_are_kept(place: Path, monkeypatch: pytest.Mon
 def test_they_are_of_the_cache(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build()
     assert any(line.split()[:2] == [b"templates", b"1"] for line in cli("cache", "df").stdout.splitlines())
+    assert any(line.split()[:3] == [b"templates", b"ok", b"1,"] for line in cli("doctor").stdout.splitlines())
     os.utime(first.path, (1, 1))
     monkeypatch.setenv(
         "VMETTE_CACHE_MAX_BYTES", str(first_size := sum(each.stat().st_blocks * 512 for each in first.path.iterdir()))
@@ -404,15 +405,14 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_after_a_failure_it_is_not_tried_at_each_run(
-    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_after_a_failure_it_is_not_tried_at_each_run(place: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     monkeypatch.setattr(templates, "MIN_FREE", 1 << 62)
     template = Template(prepare(BASE, {}).config)
     with pytest.raises(vmette.VmetteError):
         template.make()
     template.make_later()
     assert not builders()
+    assert b"one was not made: there is too little room" in cli("doctor").stdout
     os.utime(place / f".{template.path.name}.failed", (1, 1))
     template.make_later()
     wait_until(lambda: bool(made(place)), "a template")

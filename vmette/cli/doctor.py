@@ -207,6 +207,22 @@ def _cache() -> Iterator[Finding]:
         yield Finding("cache", "ok", text)
 
 
+def _templates() -> Iterator[Finding]:
+    from .. import templates
+    from .progress import human
+
+    if os.environ.get("VMETTE_TEMPLATES") == "0":
+        yield Finding("templates", "slow", "VMETTE_TEMPLATES is 0: each machine boots", "unset it")
+        return
+    place = templates.directory()
+    sizes = [sum(path.stat().st_blocks * 512 for path in template.iterdir()) for template in place.glob("[!.]*")]
+    text = f"{len(sizes)}, {human(sum(sizes))}"
+    for failed in place.glob(".*.failed"):
+        yield Finding("templates", "slow", f"{text}; one was not made: {failed.read_text()}", "it is tried again later")
+        return
+    yield Finding("templates", "ok", text)
+
+
 LINUX = (_qemu, _accelerator, _shares, _network, _vsock)
 MACOS = (_macos, _vmette_vz)
-EVERYWHERE = (_payload, _cache)
+EVERYWHERE = (_payload, _cache, _templates)
