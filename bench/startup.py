@@ -130,7 +130,8 @@ def virtme(kernel: Path, directory: Path) -> Callable[[], float]:
             venv.create(place, with_pip=True)
             subprocess.run([place / "bin/pip", "install", "-q", "virtme-ng"], check=True, capture_output=True)
         options = ["--disable-kvm", "--memory", "512M", "--cpus", "1", "--exec", "true"]
-        return wall([place / "bin/vng", "--run", kernel, *options], cwd="/")
+        environment = {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
+        return wall([place / "bin/vng", "--run", kernel, *options], cwd="/", env=environment)
 
     return run
 

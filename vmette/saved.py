@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, assets
 from .config import MachineConfig, Saved
 from .errors import VmmError, reason
 from .files import checksum, write_atomically
@@ -45,9 +45,18 @@ def facts(config: MachineConfig) -> dict[str, str]:
         **identity(config),
         "the guest's kernel": probe.identity(config.kernel_path),
         "the guest's initramfs": probe.identity(config.initramfs_path),
-        "the root image": f"{config.root.fstype} {probe.identity(config.root.path)}",
+        "the root image": f"{config.root.fstype} {_image(config.root.path)}",
         "the machine": json.dumps({**machine, "shares": len(config.shares)}),
     }
+
+
+def _image(path: Path) -> str:
+    """What changes when the image at `path` does."""
+    path = path.resolve()
+    if not path.is_relative_to(assets.cache_root().resolve()):
+        return probe.identity(path)
+    status = path.stat()  # of the cache, where each use changes the time, and nothing the content
+    return f"{path} {status.st_size} {status.st_ino}"
 
 
 def seal(saved: Saved, config: MachineConfig, about: Mapping[str, Any]) -> None:

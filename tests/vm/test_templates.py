@@ -102,6 +102,24 @@ def test_a_sandbox_has_one_made_while_it_lives(place: Path) -> None:
     assert run("echo hi") == "hi\n"
 
 
+def test_an_image_of_the_cache(place: Path, tmp_path: Path, cli: Cli) -> None:
+    """Each use of it is noted, at the image itself."""
+    archive = tmp_path / "image.tar"
+    root = tmp_path / "root"
+    subprocess.run(["unsquashfs", "-q", "-n", "-d", root, vmette.assets.base_image()], check=True, capture_output=True)
+    subprocess.run(["tar", "-cf", archive, "-C", root, "."], check=True)
+    spec = f"tar+file://{archive}"
+    assert way(cli("run", "--quiet", "--timings", spec, "true")) == "booted: there is no template yet"
+    wait_until(lambda: bool(made(place)), "a template")
+    for _ in range(2):
+        time.sleep(0.05)
+        assert way(cli("run", "--timings", spec, "true")) == WOKEN
+    (root / "new").touch()
+    subprocess.run(["tar", "-cf", archive, "-C", root, "."], check=True)
+    done = cli("run", "--quiet", "--timings", spec, "ls", "/new")
+    assert (done.stdout, way(done)) == (b"/new\n", "booted: there is no template yet")
+
+
 def test_many_first_runs_make_one(place: Path, cli: Cli) -> None:
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda _: cli("run", BASE, "echo", "hi").stdout, range(4)))
