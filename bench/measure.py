@@ -110,6 +110,8 @@ def in_turns(contenders: Mapping[str, Callable[[], float]], runs: int, report: R
 
 def reason(error: Exception) -> str:
     """One line."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"it does not come to an end within {error.timeout:g} seconds"
     said = getattr(error, "stderr", None) or str(error)
     text = said.decode(errors="replace") if isinstance(said, bytes) else said
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -151,7 +151,7 @@ def test_a_host_without_vsock_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_more_devices_than_places(tmp_path: Path, disk: Path, arm: dict[str, Any]) -> None:
     shares = tuple(Share(f"tag{number}", tmp_path) for number in range(16))
     fields: dict[str, Any] = {"root": BlockImage(disk, BlockFs.EROFS), "shares": shares}
-    argv_of(**fields, disks=(Disk(disk),) * 4)  # and a root, virtio-serial and virtio-rng
+    argv_of(**fields, disks=(Disk(disk),) * 5)  # and a root, and virtio-serial
     with pytest.raises(ConfigError, match=r"^24 shares, disks and other devices: there is room for 23$"):
-        argv_of(**fields, disks=(Disk(disk),) * 5)
+        argv_of(**fields, disks=(Disk(disk),) * 6)
     argv_of(**fields, disks=(Disk(disk),) * 8, **arm)
