@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import subprocess
 import time
@@ -174,3 +175,36 @@ def test_a_snapshot_that_cannot_be_written(sandbox: vmette.Sandbox, tmp_path: Pa
     with pytest.raises(vmette.VmetteError, match="cannot keep snapshots in"):
         sandbox.snapshot(tmp_path / "none/one")
     assert text(sandbox, "echo fine") == "fine\n"
+
+
+def test_the_same_for_asyncio(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with vmette.AsyncSandbox(BASE) as sandbox:
+            await sandbox.run(["sh", "-c", "echo 1 >/x"])
+            copies = await sandbox.fork(2)
+            for number, copy in enumerate(copies):
+                async with copy:
+                    done = await copy.run(["sh", "-c", f"cat /x; echo {number} >/x; cat /x"], text=True)
+                    assert done.stdout == f"1\n{number}\n"
+                assert copy.closed
+            await sandbox.snapshot(tmp_path / "one")
+            assert sandbox.came_up.startswith("booted")
+        async with vmette.AsyncSandbox.restore(tmp_path / "one") as restored:
+            assert (await restored.run(["cat", "/x"], text=True)).stdout == "1\n"
+
+    asyncio.run(main())
+
+
+def test_a_fork_that_is_cancelled_leaves_no_copies() -> None:
+    async def main() -> None:
+        async with vmette.AsyncSandbox(BASE) as sandbox:
+            before = vmms()
+            forking = asyncio.create_task(sandbox.fork(2))
+            await asyncio.sleep(0.1)
+            forking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await forking
+            assert vmms() == before
+            assert (await sandbox.run(["echo", "fine"], text=True)).stdout == "fine\n"
+
+    asyncio.run(main())
