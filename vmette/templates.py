@@ -180,12 +180,20 @@ class Template:
 
 
 def _warm_up(guest: Guest) -> None:
-    """Runs the image's `true`, if it has one: what every command wants of the disk is in memory then."""
+    """Runs the image's `true`, if it has one: what every command wants of the disk is in memory then.
+
+    Raises:
+        VmetteError: it does not end.
+    """
     from .streams import BytesSource, Discard
 
-    nothing = BytesSource(b"")
-    with suppress(CommandNotStarted, SandboxTimeout):
-        guest.run(Command((b"true",)), nothing, Discard(), Discard(), deadline=time.monotonic() + WARM_UP_SECONDS)
+    deadline = time.monotonic() + WARM_UP_SECONDS
+    try:
+        guest.run(Command((b"true",)), BytesSource(b""), Discard(), Discard(), deadline=deadline)
+    except CommandNotStarted:
+        pass
+    except SandboxTimeout:
+        raise VmetteError("the image's `true` does not end") from None
 
 
 def unfit(config: MachineConfig) -> str | None:

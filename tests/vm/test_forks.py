@@ -177,6 +177,21 @@ def test_a_snapshot_that_cannot_be_written(sandbox: vmette.Sandbox, tmp_path: Pa
     assert text(sandbox, "echo fine") == "fine\n"
 
 
+def test_a_full_disk(sandbox: vmette.Sandbox, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
+    try:
+        with pytest.raises(vmette.VmetteError, match=r"No space left on device|QEMU cannot save|Save error"):
+            sandbox.snapshot(disk / "one")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert text(sandbox, "echo fine") == "fine\n"
+    with sandbox.fork()[0] as copy:
+        assert text(copy, "echo fine") == "fine\n"
+
+
 def test_the_same_for_asyncio(tmp_path: Path) -> None:
     async def main() -> None:
         async with vmette.AsyncSandbox(BASE) as sandbox:

@@ -428,6 +428,29 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.parametrize("true", ["missing", "endless"])
+def test_an_image_without_a_true_that_ends(
+    true: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "WARM_UP_SECONDS", 1.0)
+    root, image = tmp_path / "root", tmp_path / "image.squashfs"
+    subprocess.run(["unsquashfs", "-q", "-n", "-d", root, vmette.assets.base_image()], check=True, capture_output=True)
+    for path in root.glob("**/bin/true"):
+        path.unlink()
+        if true == "endless":
+            path.write_text("#!/bin/sh\nwhile :; do sleep 1; done\n")
+            path.chmod(0o755)
+    subprocess.run(["mksquashfs", root, image, "-quiet", "-no-progress"], check=True, capture_output=True)
+    template = Template(prepare(f"squashfs+file://{image}", {}).config)
+    if true == "missing":
+        template.make()
+        assert template.problem() is None
+    else:
+        with pytest.raises(vmette.VmetteError, match="the image's `true` does not end"):
+            template.make()
+        assert made(place) == []
+
+
 def test_after_a_failure_it_is_not_tried_at_each_run(place: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     monkeypatch.setattr(templates, "MIN_FREE", 1 << 62)
     template = Template(prepare(BASE, {}).config)
