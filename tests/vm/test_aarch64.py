@@ -11,6 +11,8 @@ import pytest
 
 import vmette
 from tests.vm.support import BASE, Cli
+from vmette.machine import prepare
+from vmette.templates import Template
 from vmette.vmm import qemu
 
 
@@ -40,6 +42,17 @@ def test_twenty_runs() -> None:
     for number in range(20):
         done = vmette.run(BASE, ["echo", str(number)], arch="aarch64", timeout=60, vcpus=1 + number % 2)
         assert done.stdout == b"%d\n" % number
+
+
+def test_it_wakes_and_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VMETTE_TEMPLATES")
+    monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path))
+    Template(prepare(BASE, {"arch": "aarch64", "scratch": 64}).config).make()
+    with vmette.Sandbox(BASE, arch="aarch64", scratch=64, hostname="woken") as sandbox:
+        assert sandbox.came_up == "woken from a template"
+        sandbox.run(["sh", "-c", "echo 1 >/x"], check=True)
+        with sandbox.fork()[0] as copy:
+            assert copy.run(["sh", "-c", "uname -m; hostname; cat /x"], text=True).stdout == "aarch64\nwoken-1\n1\n"
 
 
 Change = Callable[[Callable[[list[str]], list[str]]], None]

@@ -392,7 +392,7 @@ def command_line(config: MachineConfig, accel: str, serve: Serve, attached: Atta
     argv += ["-device", "virtio-serial-device,max_ports=4"]
     argv += ["-device", "virtconsole,chardev=console"]
     argv += ["-device", "virtserialport,chardev=control,name=vmette.control"]
-    if accel == "kvm":  # an emulated processor has an instruction for it, and the device's driver takes 20 ms to start
+    if accel == "kvm" or config.arch != "x86_64":  # an emulated x86 has an instruction for it
         argv += ["-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng"]
     root_type = ""
     disks: list[list[str]] = []
