@@ -35,6 +35,8 @@ from vmette.protocol import (
     Hello,
     Milestone,
     Output,
+    Paused,
+    Resume,
     SignalFlag,
     Tag,
     Writable,
@@ -251,6 +253,61 @@ def test_hello() -> None:
     payload = record((Tag.KERNEL, b"6.12"), VERSION_1, *[(Tag.MILESTONE, value) for value in milestones])
     expected = Hello("6.12", (Milestone("init", 1), Milestone("ready", 2**64 - 1), Milestone("", 0)))
     assert receive(Connection(), Frame(FrameType.HELLO, 0, payload)) == [expected]
+
+
+def test_what_is_said_in_a_pause_waits(connection: Connection) -> None:
+    stream = connection.exec(Command((b"cat",)))
+    sent(connection)
+    connection.pause()
+    assert sent(connection) == [Frame(FrameType.PAUSE, 0)]
+    assert receive(connection, Frame(FrameType.STDOUT, stream, b"before it")) == [
+        Output(stream, Channel.STDOUT, b"before it")
+    ]
+    assert receive(connection, Frame(FrameType.PAUSE, 0)) == [Paused()]
+    connection.send_stdin(stream, b"later")
+    connection.signal(stream, 15)
+    assert sent(connection) == []
+    connection.resume()
+    assert [frame.kind for frame in sent(connection)] == [FrameType.RESUME, FrameType.STDIN, FrameType.SIGNAL]
+    assert receive(connection, Frame(FrameType.STDOUT, stream, b"x")) == [Output(stream, Channel.STDOUT, b"x")]
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [Frame(FrameType.PAUSE, 0, b"x")],
+        [Frame(FrameType.PAUSE, 1)],
+        [Frame(FrameType.PAUSE, 0), Frame(FrameType.PAUSE, 0)],
+        [Frame(FrameType.PAUSE, 0), Frame(FrameType.STDOUT, 1, b"x")],
+        [Frame(FrameType.RESUME, 0)],
+    ],
+)
+def test_guest_that_does_not_keep_a_pause(connection: Connection, frames: list[Frame]) -> None:
+    with pytest.raises(ProtocolError):
+        receive(connection, Frame(FrameType.PAUSE, 0))  # nobody has asked for it
+    connection = Connection()
+    connection.exec(TRUE)
+    receive(connection, HELLO)
+    connection.pause()
+    with pytest.raises(ProtocolError):
+        receive(connection, *frames)
+
+
+def test_hello_to_a_machine_that_wakes() -> None:
+    connection = Connection(Resume(b"seed" * 16, 2**40, "name", ("9p:share0:ro:/a%20b",)))
+    (hello,) = sent(connection)
+    assert (hello.kind, hello.stream) == (FrameType.HELLO, 0)
+    assert dict(decode_record(hello.payload)) == {
+        Tag.VERSION: number(1),
+        Tag.SEED: b"seed" * 16,
+        Tag.CLOCK: (2**40).to_bytes(8, "little"),
+        Tag.HOSTNAME: b"name",
+        Tag.SHARE: b"9p:share0:ro:/a%20b",
+    }
+    first, second = Resume.now("a"), Resume.now("a")
+    assert first.seed != second.seed
+    assert len(first.seed) == 64
+    assert first.seed not in repr(first).encode()
 
 
 def test_failures(connection: Connection) -> None:
