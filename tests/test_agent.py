@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.agent_harness import (
@@ -1178,5 +1178,6 @@ def test_fuzz_with_random_bytes(program: Path, data: bytes) -> None:
 
 @settings(max_examples=800, deadline=None)
 @given(data=sessions())
+@example(data=HELLO + exec_frame(b"/bin/true") + frame(FrameType.PAUSE, 0))
 def test_fuzz_with_sessions(program: Path, data: bytes) -> None:
     converse(program, data)
