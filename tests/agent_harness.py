@@ -45,7 +45,7 @@ from vmette.protocol import (
 )
 
 ROOT = Path(__file__).parent.parent
-GUEST = ("agent", "command", "address", "cgroup", "wire")
+GUEST = ("agent", "command", "accounts", "address", "cgroup", "resume", "wire")
 SOURCES = ("tests/agent_host.c", *(f"csrc/guest/{name}.c" for name in GUEST))
 COMPILE = ("cc", "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-Icsrc/guest")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")

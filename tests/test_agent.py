@@ -73,6 +73,7 @@ from vmette.protocol import (
     SignalFlag,
     Tag,
     decode_error,
+    decode_record,
     encode_exec,
 )
 
@@ -1064,11 +1065,12 @@ def test_a_function_of_the_agent_does_not_outlive_its_host(program: Path) -> Non
     with Host(program) as host:
         host.say(HELLO, frame(FrameType.EXEC, 1, fields((Tag.ARG, b"copy"), (Tag.FLAGS, U32.pack(ExecFlag.BUILTIN)))))
         host.hear(FrameType.HELLO)
+        eventually(lambda: len(children(host.process.pid)) == 1)
+        function = children(host.process.pid)
         host.pause()
-        assert len(children(host.process.pid)) == 1
         host.say(WAKING)
         host.hear(FrameType.HELLO)
-        eventually(lambda: children(host.process.pid) == [])
+        eventually(lambda: not {*function} & {*children(host.process.pid)})
         host.end()
 
 
@@ -1084,6 +1086,94 @@ def test_a_terminal_hangs_up_when_its_host_is_gone(program: Path, tmp_path: Path
         host.hear(FrameType.HELLO)
         eventually(lambda: (tmp_path / "told").exists())
         host.end()
+
+
+def paused(host: Host) -> str:
+    """The number of the process that the agent has ready for the next command, once it is told to pause."""
+    host.say(HELLO)
+    host.hear(FrameType.HELLO)
+    host.pause()
+    (spare,) = children(host.process.pid)
+    return spare
+
+
+@pytest.mark.parametrize("next_host", [WAKING, frame(FrameType.RESUME, 0)], ids=["another", "the same"])
+def test_the_first_command_after_a_pause_is_a_process_that_was_there(program: Path, next_host: bytes) -> None:
+    script = b'read -r line; echo "$$ $0 $line $A $PWD"; echo error >&2; exit 3'
+    request = encode_exec(Command((b"sh", b"-c", script, b"x"), (b"A=b",), b"/tmp", OWN_USER))
+    with Host(program) as host:
+        spare = paused(host)
+        host.say(next_host, frame(FrameType.EXEC, 1, request), frame(FrameType.STDIN, 1, b"text\n"))
+        if next_host == WAKING:
+            host.hear(FrameType.HELLO)
+        output, error, ending = host.hear(FrameType.STDOUT, FrameType.STDERR, FrameType.EXIT)
+        assert output.decode() == f"{spare} x text b /tmp\n"
+        assert error == b"error\n"
+        assert dict(decode_record(ending))[Tag.CODE] == U32.pack(3)
+        host.say(exec_frame(b"sh", b"-c", b"echo $$"))
+        assert host.hear(FrameType.STDOUT, FrameType.EXIT)[0].strip() != spare.encode()
+        host.end()
+
+
+@pytest.mark.parametrize(
+    ("request_", "stage", "error"),
+    [
+        (Command((b"no-such-program",), user=OWN_USER), b"exec", errno.ENOENT),
+        (Command((b"true",), cwd=b"/no/such", user=OWN_USER), b"chdir", errno.ENOENT),
+        (Command((b"true",), user=b"no-such-user"), b"user", errno.ENOENT),
+    ],
+)
+def test_it_tells_why_it_cannot_become_the_command(program: Path, request_: Command, stage: bytes, error: int) -> None:
+    with Host(program) as host:
+        paused(host)
+        host.say(WAKING, frame(FrameType.EXEC, 1, encode_exec(request_)))
+        _, told = host.hear(FrameType.HELLO, FrameType.ERROR)
+        record = dict(decode_record(told))
+        assert (record[Tag.STAGE], record[Tag.ERRNO]) == (stage, U32.pack(error))
+        host.end()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Command((b"sh", b"-c", b"echo $$", b"x" * 5000), user=OWN_USER),
+        Command((b"sh", b"-c", b"echo $$"), user=OWN_USER, terminal=(24, 80)),
+    ],
+    ids=["large", "terminal"],
+)
+def test_a_command_that_it_cannot_be_is_another_process(program: Path, request_: Command) -> None:
+    with Host(program) as host:
+        spare = paused(host)
+        host.say(WAKING, frame(FrameType.EXEC, 1, encode_exec(request_)))
+        _, output, _ = host.hear(FrameType.HELLO, FrameType.STDOUT, FrameType.EXIT)
+        assert output.strip() not in {b"", spare.encode()}
+        eventually(lambda: spare not in children(host.process.pid))
+        host.end()
+
+
+@pytest.mark.parametrize("when", ["before", "after"], ids=["asleep", "awake"])
+def test_nothing_is_lost_when_somebody_kills_it(program: Path, when: str) -> None:
+    with Host(program) as host:
+        spare = paused(host)
+        if when == "before":
+            os.kill(int(spare), signal.SIGKILL)
+        host.say(WAKING)
+        host.hear(FrameType.HELLO)
+        if when == "after":
+            os.kill(int(spare), signal.SIGKILL)
+        eventually(lambda: spare not in children(host.process.pid))
+        host.say(exec_frame(b"echo", b"fine"))
+        assert host.hear(FrameType.STDOUT, FrameType.EXIT)[0] == b"fine\n"
+        host.end()
+
+
+def test_it_goes_with_the_agent(program: Path) -> None:
+    with Host(program) as host:
+        spare = paused(host)
+        host.say(WAKING)
+        host.hear(FrameType.HELLO)
+        host.end()
+        eventually(lambda: not Path("/proc", spare).exists())
 
 
 def test_fields_that_the_agent_does_not_know_are_ignored(program: Path) -> None:

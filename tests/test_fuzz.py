@@ -68,8 +68,8 @@ NATIVE = (
     Native(
         "agent",
         40_000,
-        sources=("agent", "command", "address", "cgroup", "wire"),
-        wrapped="start_child wait4 kill read write poll close open mkdirat unlinkat syscall fcntl ioctl tcgetattr "
+        sources=("agent", "command", "accounts", "address", "cgroup", "resume", "wire"),
+        wrapped="start_child start_spare order_spare wait4 kill read write poll close open mkdirat unlinkat syscall fcntl ioctl tcgetattr "
         "signalfd setns setrlimit socket connect bind listen accept4 getsockopt setsockopt shutdown",
     ),
     Native(
@@ -80,7 +80,7 @@ NATIVE = (
         wrapped="read write open openat mkdir mkdirat close fstat fstatat fchmod fchown fchownat utimensat futimens "
         "fsetxattr linkat symlinkat mknodat renameat unlinkat getrandom syscall fcntl _exit tar_checksum",
     ),
-    Native("records", 1_000_000, sources=("command", "address", "wire")),
+    Native("records", 1_000_000, sources=("command", "accounts", "address", "wire")),
     Native("dhcp", 1_000_000, sources=("dhcp",)),
 )
 PYTHON = (Target("protocol", 80_000), Target("archive", 25_000, 16384), Target("proxy", 40_000), Target("wire", 30_000))

@@ -11,7 +11,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Iterator
@@ -139,6 +138,8 @@ class Template:
             VmetteError: it does not boot, or cannot be saved.
             OSError: there is no room for it.
         """
+        import shutil
+
         directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -267,7 +268,8 @@ def staging() -> Iterator[Path]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            _delete(path)
         os.close(fd)
 
 
@@ -279,7 +281,7 @@ def sweep() -> None:
                 fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path)
+                    _delete(path)
                 finally:
                     os.close(fd)
             elif path.suffix == ".failed" and time.time() - path.stat().st_mtime > RETRY_SECONDS:
@@ -306,7 +308,13 @@ def _remove(path: Path) -> None:
     gone = path.with_name(f".{path.name}-{os.getpid()}.gone")
     with suppress(OSError):
         path.rename(gone)  # first, so that nobody finds half of one
-        shutil.rmtree(gone)
+        _delete(gone)
+
+
+def _delete(path: Path) -> None:
+    import shutil  # late: it brings in three compressors
+
+    shutil.rmtree(path)
 
 
 def main() -> None:

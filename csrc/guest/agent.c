@@ -104,6 +104,8 @@ struct agent {
     struct stream streams[MAX_STREAMS];
     uint32_t accepted; /* the number of the last connection that a listener took */
     uint32_t cgroup;   /* the number of the last command's cgroup */
+    struct spare spare;
+    uint32_t spare_cgroup; /* the number of its cgroup */
     unsigned turn;     /* where the round of output channels goes on, so that none is starved */
     unsigned char out[OUTPUT];
     size_t out_head, out_tail;
@@ -410,10 +412,48 @@ static void pump_stdin(struct agent *a, struct stream *s) {
 
 /* --- Commands ------------------------------------------------------------------------------------------------------- */
 
+/* A cgroup for the next child. Returns 0 or an errno. */
+static int make_cgroup(struct agent *a) {
+    a->place.cgroup = -1;
+    if (a->cgroups.parent < 0) return 0;
+    a->place.cgroup = cgroup_make(&a->cgroups, ++a->cgroup);
+    return a->place.cgroup < 0 ? errno : 0;
+}
+
+/* Has a child ready for the next command: the machine is about to be saved. Without one, nothing is lost but time. */
+static void prepare_spare(struct agent *a) {
+    if (a->spare.orders >= 0) return;
+    if (make_cgroup(a) == 0 && start_spare(&a->place, &a->spare) == 0)
+        a->spare_cgroup = a->cgroup;
+    else if (a->place.cgroup >= 0)
+        cgroup_remove(&a->cgroups, a->cgroup);
+    close_fd(&a->place.cgroup);
+}
+
+static void drop_spare(struct agent *a) {
+    if (a->spare.orders < 0) return;
+    dismiss_spare(&a->spare);
+    cgroup_remove(&a->cgroups, a->spare_cgroup);
+}
+
+/* Starts what the host asks for, in a cgroup of its own. Returns 0, or an errno and at which stage it failed. */
+static int start_in_cgroup(struct agent *a, const struct command *command, struct child *child, uint32_t *cgroup,
+                           const char **stage) {
+    *stage = "cgroup";
+    int error = make_cgroup(a);
+    if (error != 0) return error;
+    *cgroup = a->cgroup;
+    error = start_child(command, &a->place, child, stage);
+    if (error != 0 && a->place.cgroup >= 0) cgroup_remove(&a->cgroups, a->cgroup);
+    close_fd(&a->place.cgroup);
+    return error;
+}
+
 /* EXEC. False: it is malformed. */
 static bool start_command(struct agent *a, uint32_t id, const unsigned char *payload, size_t size) {
     struct command command;
     struct child child;
+    uint32_t cgroup = 0;
     const char *stage = "fork";
     struct stream *s = free_slot(a);
     void *block = parse_exec(payload, size, &command);
@@ -423,27 +463,26 @@ static bool start_command(struct agent *a, uint32_t id, const unsigned char *pay
         error = EINVAL;
         stage = "flags";
     }
-    a->place.cgroup = -1;
-    if (error == 0 && a->cgroups.parent >= 0 && (a->place.cgroup = cgroup_make(&a->cgroups, ++a->cgroup)) < 0) {
-        error = errno;
-        stage = "cgroup";
+    if (error == 0 && a->spare.orders >= 0 && order_spare(&a->spare, &command, payload, size)) {
+        child = a->spare.child;
+        cgroup = a->spare_cgroup;
+    } else if (error == 0) {
+        drop_spare(a); /* it would count among the command's processes, where these are limited */
+        error = start_in_cgroup(a, &command, &child, &cgroup, &stage);
     }
-    if (error == 0) error = start_child(&command, &a->place, &child, &stage);
     if (error != 0) {
-        if (a->place.cgroup >= 0) cgroup_remove(&a->cgroups, a->cgroup);
         answer_error(a, id, error, stage);
     } else {
         open_stream(s, id, COMMAND);
         s->pid = child.pid;
         s->started = child.started;
-        s->cgroup = a->cgroup;
+        s->cgroup = cgroup;
         s->builtin = command.flags & EXEC_BUILTIN;
         s->announced = command.flags & EXEC_ANNOUNCED;
         s->terminal = child.terminal;
         s->stdin_fd = child.stdin_fd;
         for (int i = 0; i < 2; i++) s->out[i].fd = child.out[i];
     }
-    close_fd(&a->place.cgroup);
     free(block);
     return true;
 }
@@ -495,6 +534,7 @@ static void reap(struct agent *a) {
     while ((pid = wait4(-1, &status, WNOHANG, &usage)) > 0) {
         any = true;
         if (pid == a->place.init) leave_init(&a->place);
+        if (pid == a->spare.child.pid) drop_spare(a);
         for (int i = 0; i < MAX_STREAMS; i++) {
             struct stream *s = &a->streams[i];
             /* One that has ended may share its number. */
@@ -508,7 +548,7 @@ static void reap(struct agent *a) {
             }
         }
     }
-    if (any) cgroups_sweep(&a->cgroups); /* it may have been the last one in its cgroup */
+    if (any) a->cgroups.due = true; /* it may have been the last one in its cgroup */
 }
 
 /* --- Connections and listeners -------------------------------------------------------------------------------------- */
@@ -700,6 +740,8 @@ static bool take_hello(struct agent *a, const unsigned char *payload, size_t siz
  * can save the machine with no frame half on its way. */
 static bool take_pause(struct agent *a) {
     unsigned char frame[HEADER];
+    prepare_spare(a);
+    expect_resume();
     put_header(frame, FRAME_PAUSE, 0, 0);
     answer(a, frame, sizeof frame);
     return a->paused = true;
@@ -949,7 +991,7 @@ static void prepare_self(struct agent *a) {
     setrlimit(RLIMIT_NOFILE, &(struct rlimit){own, own});
     a->place.pids = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
     a->place.terminals = open("/dev/pts", O_PATH | O_DIRECTORY | O_CLOEXEC);
-    a->place.init_fd = a->place.init_started = -1;
+    a->place.init_fd = a->place.init_started = a->spare.orders = -1;
     a->random = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
     cgroups_open(&a->cgroups);
 }
@@ -980,6 +1022,7 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
         bool full = !can_answer(a);
         flush(a);
         if (a->shutdown || (full && can_answer(a))) continue;
+        if (a->cgroups.due) cgroups_sweep(&a->cgroups); /* late: the host need not wait for it */
         wait_for_work(a);
         struct signalfd_siginfo ignored;
         while (read(a->signals, &ignored, sizeof ignored) > 0) continue;
@@ -991,6 +1034,7 @@ int agent_serve(int port, const char *kernel, const struct milestone *milestones
             if (a->streams[i].kind == COMMAND) send_signal(a, &a->streams[i], SIGKILL, SIGNAL_ALL);
             free_stream(&a->streams[i]);
         }
+    drop_spare(a);
     leave_init(&a->place);
     close_fd(&a->place.pids);
     close_fd(&a->place.terminals);

@@ -15,6 +15,7 @@
 void cgroups_open(struct cgroups *g) {
     g->parent = open(CGROUP_PARENT, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     g->left_count = 0;
+    g->due = false;
 }
 
 void cgroups_close(struct cgroups *g) {
@@ -82,10 +83,12 @@ static bool try_remove(const struct cgroups *g, uint32_t id) {
 
 void cgroup_remove(struct cgroups *g, uint32_t id) {
     const size_t most = sizeof g->left / sizeof *g->left;
-    if (g->parent < 0 || try_remove(g, id)) return;
+    if (g->parent < 0) return;
+    if (g->left_count == most) cgroups_sweep(g);
     if (g->left_count == most) /* too many to remember: the oldest stays, empty or not, until the machine ends */
         memmove(g->left, g->left + 1, --g->left_count * sizeof *g->left);
     g->left[g->left_count++] = id;
+    g->due = true;
 }
 
 void cgroups_sweep(struct cgroups *g) {
@@ -93,4 +96,5 @@ void cgroups_sweep(struct cgroups *g) {
     for (size_t i = 0; i < g->left_count; i++)
         if (!try_remove(g, g->left[i])) g->left[kept++] = g->left[i];
     g->left_count = kept;
+    g->due = false;
 }

@@ -17,6 +17,7 @@ struct cgroups {
     int parent;         /* -1: there are none */
     uint32_t left[256]; /* those in which a command that has ended left processes; the oldest first */
     size_t left_count;
+    bool due; /* one of them may be empty now: cgroups_sweep is to look */
 };
 
 void cgroups_open(struct cgroups *g);
@@ -33,7 +34,7 @@ bool cgroup_kill(const struct cgroups *g, uint32_t id);
 bool cgroup_peak(const struct cgroups *g, uint32_t id, uint64_t *bytes);
 bool cgroup_oom_kills(const struct cgroups *g, uint32_t id, uint32_t *count);
 
-/* The command has ended: removes the cgroup, or has cgroups_sweep try again if there are still processes in it. */
+/* The command has ended: cgroups_sweep removes the cgroup, now or when there are no more processes in it. */
 void cgroup_remove(struct cgroups *g, uint32_t id);
 void cgroups_sweep(struct cgroups *g);
 

@@ -5,7 +5,6 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <poll.h>
-#include <pwd.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -23,11 +22,13 @@
 #include <linux/capability.h>
 #include <linux/sched.h>
 
+#include "accounts.h"
 #include "builtins.h"
 #include "wire.h"
 
 enum {
     MAX_GROUPS = 256,
+    MAX_ORDER = 4096, /* bytes of an EXEC for a spare: the kernel takes them as a whole or not at all (PIPE_BUF) */
     ADDED = 3 /* entries of the environment that are added where they are missing */
 };
 
@@ -105,45 +106,10 @@ static _Noreturn void fail_start(int fd, const char *stage) {
     _exit(127);
 }
 
-/* The entry of /etc/passwd for a name, or for `uid` if that is NULL. The files are read as they are: getpwnam and its kin
- * would ask a name service's socket first, which nobody has here and which an image could fake. */
-static struct passwd *find_user(const char *name, uint32_t uid) {
-    FILE *file = fopen("/etc/passwd", "re");
-    struct passwd *entry = NULL;
-    if (file == NULL) return NULL;
-    while ((entry = fgetpwent(file)) != NULL)
-        if (name != NULL ? strcmp(entry->pw_name, name) == 0 : entry->pw_uid == uid) break;
-    fclose(file);
-    return entry;
-}
-
-static bool has_member(const struct group *group, const char *name) {
-    for (char **member = group->gr_mem; *member != NULL; member++)
-        if (strcmp(*member, name) == 0) return true;
-    return false;
-}
-
-/* Finds the number of the group `name`, if that is not NULL; or the groups that `user` is a member of, `groups` having
- * one already. Returns how many there are: 0 if there is none of that name. */
-static size_t find_groups(const char *name, const char *user, gid_t *groups) {
-    FILE *file = fopen("/etc/group", "re");
-    struct group *entry;
-    size_t count = name == NULL;
-    if (file == NULL) return count;
-    while ((entry = fgetgrent(file)) != NULL && count < MAX_GROUPS) {
-        if (name != NULL ? strcmp(entry->gr_name, name) != 0 : entry->gr_gid == *groups || !has_member(entry, user))
-            continue;
-        groups[count++] = entry->gr_gid;
-        if (name != NULL) break;
-    }
-    fclose(file);
-    return count;
-}
-
 /* Becomes `user[:group]`, who gets `terminal` too if there is one. The guest's passwd and group files are not to be
  * trusted. Returns the user's home. */
 static const char *become(const char *spec, int terminal, int failed) {
-    static char home[4096] = "/";
+    static struct user account = {.home = "/"};
     static gid_t groups[MAX_GROUPS];
     char user[256], *group;
     if (strlen(spec) >= sizeof user) {
@@ -153,34 +119,28 @@ static const char *become(const char *spec, int terminal, int failed) {
     strcpy(user, spec);
     group = strchr(user, ':');
     if (group != NULL) *group++ = 0;
-    uint32_t uid, gid = 0;
-    /* The largest number would mean to setuid: leave it as it is. */
-    bool number = parse_number(user, UINT32_MAX - 1, &uid);
-    struct passwd *entry = find_user(number ? NULL : user, uid);
-    if (entry == NULL && !number) {
+    uint32_t uid, gid;
+    const bool number = parse_number(user, UINT32_MAX - 1, &uid); /* the largest means to setuid: leave it as it is */
+    const bool known = find_user(number ? NULL : user, uid, &account);
+    if (!known && !number) {
         errno = ENOENT;
         fail_start(failed, "user");
     }
-    if (entry != NULL) {
-        uid = entry->pw_uid;
-        gid = entry->pw_gid;
-        if (entry->pw_dir != NULL && strlen(entry->pw_dir) < sizeof home) strcpy(home, entry->pw_dir);
-    }
+    if (known) uid = account.uid;
     size_t count = 1;
-    groups[0] = gid;
-    if (group == NULL) {
-        if (entry != NULL) count = find_groups(NULL, entry->pw_name, groups);
-    } else if (*group != 0) {
-        if (parse_number(group, UINT32_MAX - 1, &gid)) {
+    groups[0] = known ? account.gid : 0;
+    if (group == NULL && known) count = find_memberships(account.name, groups, count, MAX_GROUPS);
+    if (group != NULL && *group != 0) {
+        if (parse_number(group, UINT32_MAX - 1, &gid) || find_group(group, &gid)) {
             groups[0] = gid;
-        } else if (find_groups(group, NULL, groups) == 0) {
+        } else {
             errno = ENOENT;
             fail_start(failed, "group");
         }
     }
     if (terminal >= 0 && fchown(terminal, uid, (gid_t)-1) != 0) fail_start(failed, "terminal");
     if (setgroups(count, groups) != 0 || setgid(groups[0]) != 0 || setuid(uid) != 0) fail_start(failed, "user");
-    return home;
+    return account.home;
 }
 
 /* --- The child: its place ------------------------------------------------------------------------------------------- */
@@ -238,9 +198,19 @@ static void add_variable(char **env, char *entry, size_t size, const char *name,
     env[1] = NULL;
 }
 
-/* The child's half of EXEC. */
-static _Noreturn void run_child(const struct command *c, const struct place *place, const int fds[3], int failed) {
-    const bool terminal = c->flags & EXEC_TERMINAL, init = c->flags & EXEC_INIT;
+/* What a spare child waits for. It ends where nobody has an order for it. */
+static void await_order(int orders, struct command *c) {
+    static unsigned char payload[MAX_ORDER];
+    ssize_t size = read(orders, payload, sizeof payload);
+    if (size <= 0 || parse_exec(payload, (size_t)size, c) == NULL) _exit(127);
+}
+
+/* The child's half of EXEC. Without a command it waits for one, from `orders`. */
+static _Noreturn void run_child(const struct command *c, int orders, const struct place *place, const int fds[3],
+                                int failed) {
+    enum { FAILED = 3, ORDERS };
+    const bool terminal = c != NULL && c->flags & EXEC_TERMINAL, init = c != NULL && c->flags & EXEC_INIT;
+    struct command ordered;
     for (int i = 0; i < 3; i++)
         if (dup2(fds[i], i) < 0) fail_start(failed, "exec");
     setsid();
@@ -251,11 +221,18 @@ static _Noreturn void run_child(const struct command *c, const struct place *pla
     else if (place->init != 0)
         join_init(place, failed);
     /* What is the agent's: while this waits for a file of the image, no other command's stdin stays open because of it. */
-    if (failed != 3 && dup3(failed, 3, O_CLOEXEC) < 0) fail_start(failed, "exec");
-    failed = 3;
-    syscall(SYS_close_range, 4, ~0U, 0);
+    if (orders >= 0 && (orders = fcntl(orders, F_DUPFD_CLOEXEC, ORDERS + 1)) < 0) fail_start(failed, "exec");
+    if (failed != FAILED && dup3(failed, FAILED, O_CLOEXEC) < 0) fail_start(failed, "exec");
+    failed = FAILED;
+    if (orders >= 0 && dup3(orders, ORDERS, O_CLOEXEC) < 0) fail_start(failed, "exec");
+    syscall(SYS_close_range, orders >= 0 ? ORDERS + 1 : ORDERS, ~0U, 0);
+    if (c == NULL) {
+        await_order(ORDERS, &ordered);
+        close(ORDERS);
+        c = &ordered;
+    }
     const char *home = become(c->user != NULL ? c->user : "0", terminal ? 0 : -1, failed);
-    static char home_entry[4096 + 5], path_entry[sizeof default_path + 5], container_entry[32];
+    static char home_entry[sizeof(((struct user *)0)->home) + 5], path_entry[sizeof default_path + 5], container_entry[32];
     add_variable(c->env, home_entry, sizeof home_entry, "HOME", home);
     add_variable(c->env, path_entry, sizeof path_entry, "PATH", default_path);
     /* Init systems look for this to know that the hardware is not theirs: https://systemd.io/CONTAINER_INTERFACE */
@@ -335,9 +312,10 @@ void leave_init(struct place *place) {
     place->init_fd = place->init_started = -1;
 }
 
-int start_child(const struct command *c, struct place *place, struct child *child, const char **stage) {
+/* Starts a child for a command, or one that takes it from `orders`. */
+static int start(const struct command *c, int orders, struct place *place, struct child *child, const char **stage) {
     enum { STDIN, STDOUT, STDERR, STARTED, ENDS };
-    const bool terminal = c->flags & EXEC_TERMINAL, init = c->flags & EXEC_INIT;
+    const bool terminal = c != NULL && c->flags & EXEC_TERMINAL, init = c != NULL && c->flags & EXEC_INIT;
     struct ends ends[ENDS] = {{-1, -1}, {-1, -1}, {-1, -1}, {-1, -1}};
     int error = 0;
     pid_t pid = -1;
@@ -359,7 +337,7 @@ int start_child(const struct command *c, struct place *place, struct child *chil
         for (int i = 0; i < 3; i++) fds[i] = ends[terminal ? STDIN : i].theirs;
         pid = fork_into(place->cgroup, ends[STARTED].theirs);
         if (pid < 0) error = errno;
-        if (pid == 0) run_child(c, place, fds, ends[STARTED].theirs);
+        if (pid == 0) run_child(c, orders, place, fds, ends[STARTED].theirs);
         if (pid < 0 && init) leave_init(place);
     }
     for (int i = 0; i < ENDS; i++) {
@@ -382,4 +360,41 @@ int start_child(const struct command *c, struct place *place, struct child *chil
         place->init_started = child->started;
     }
     return 0;
+}
+
+int start_child(const struct command *c, struct place *place, struct child *child, const char **stage) {
+    return start(c, -1, place, child, stage);
+}
+
+/* --- The spare ------------------------------------------------------------------------------------------------------ */
+
+int start_spare(struct place *place, struct spare *spare) {
+    struct ends orders;
+    const char *stage;
+    spare->orders = -1;
+    if (place->init != 0) return EBUSY; /* its mounts are joined late, by those who know that they are to join them */
+    if (!make_pipe(&orders, true)) return errno;
+    int error = start(NULL, orders.theirs, place, &spare->child, &stage);
+    close(orders.theirs);
+    if (error != 0) {
+        close(orders.ours);
+        return error;
+    }
+    fcntl(orders.ours, F_SETFL, O_NONBLOCK);
+    spare->orders = orders.ours;
+    return 0;
+}
+
+bool order_spare(struct spare *spare, const struct command *c, const unsigned char *payload, size_t size) {
+    if (size > MAX_ORDER || c->flags & (EXEC_TERMINAL | EXEC_INIT)) return false;
+    if (write(spare->orders, payload, size) != (ssize_t)size) return false;
+    close(spare->orders);
+    spare->orders = -1;
+    return true;
+}
+
+void dismiss_spare(struct spare *spare) {
+    const int fds[] = {spare->orders, spare->child.started, spare->child.stdin_fd, spare->child.out[0], spare->child.out[1]};
+    for (size_t i = 0; i < sizeof fds / sizeof *fds; i++) close(fds[i]);
+    spare->orders = -1;
 }

@@ -2,6 +2,7 @@
 #ifndef VMETTE_COMMAND_H
 #define VMETTE_COMMAND_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/resource.h>
@@ -45,6 +46,22 @@ void *parse_exec(const unsigned char *payload, size_t size, struct command *c);
 
 /* Starts it. Returns 0, or an errno and at which stage it failed. */
 int start_child(const struct command *c, struct place *place, struct child *child, const char **stage);
+
+/* A child that is there before its command. An emulated machine that has just woken has all of its code to translate
+ * anew: what was done before it was saved is a fourth of the way to its first command. */
+struct spare {
+    struct child child;
+    int orders; /* takes one EXEC; -1: there is no spare */
+};
+
+/* Starts one, in the place as it is. Returns 0 or an errno. */
+int start_spare(struct place *place, struct spare *spare);
+
+/* Has it become the command of EXEC, which has been parsed. False: it cannot, nor any other one then. */
+bool order_spare(struct spare *spare, const struct command *c, const unsigned char *payload, size_t size);
+
+/* It is not needed, or gone: it ends by itself when there is nobody to give it an order. */
+void dismiss_spare(struct spare *spare);
 
 /* The namespaces' init has ended, and the kernel with it all that ran there: commands run in the agent's own again. */
 void leave_init(struct place *place);

@@ -363,7 +363,7 @@ static void mount_shares(const struct share *shares, size_t count) {
         }
         mount_share(s, s->target != NULL ? "." : usual);
     }
-    if (chdir("/") != 0) fail("mount", "cannot enter the root filesystem");
+    if (count > 0 && chdir("/") != 0) fail("mount", "cannot enter the root filesystem");
 }
 
 /* Programs for the workload, which the initramfs brings along: the image need not have them. They are opened before the

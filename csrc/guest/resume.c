@@ -57,19 +57,25 @@ static int reseed(int random, const unsigned char *seed, size_t size) {
     return result;
 }
 
+static const char machine_id[] = "/etc/machine-id";
+
+void expect_resume(void) {
+    struct stat st;
+    (void)!lstat(machine_id, &st);
+}
+
 /* Where the root has a machine's identity (machine-id(5)), it is another one now. */
 static int identify_machine(void) {
-    static const char path[] = "/etc/machine-id";
     unsigned char bytes[16];
     char text[2 * sizeof bytes + 2];
     struct stat st;
-    if (lstat(path, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size < (off_t)(2 * sizeof bytes)) return 0;
+    if (lstat(machine_id, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size < (off_t)(2 * sizeof bytes)) return 0;
     if (getrandom(bytes, sizeof bytes, 0) != (ssize_t)sizeof bytes) return errno;
     bytes[6] = (bytes[6] & 0x0f) | 0x40; /* a UUID of version 4, as systemd makes it */
     bytes[8] = (bytes[8] & 0x3f) | 0x80;
     for (size_t i = 0; i < sizeof bytes; i++) snprintf(text + 2 * i, 3, "%02x", bytes[i]);
     text[2 * sizeof bytes] = '\n';
-    int fd = open_own(path);
+    int fd = open_own(machine_id);
     if (fd < 0) return errno == ENOTDIR || errno == EROFS ? 0 : errno;
     bool written = write(fd, text, 2 * sizeof bytes + 1) == (ssize_t)(2 * sizeof bytes + 1);
     int error = written ? 0 : errno;

@@ -18,6 +18,9 @@ struct resume {
     size_t share_count;
 };
 
+/* The machine is about to be saved: has the kernel find now what it will be asked for then. */
+void expect_resume(void);
+
 /* Sees to entropy, clock, and the names of the machine; with `random`, a descriptor of /dev/urandom from before the root
  * was entered. Returns 0, or an errno and in `*stage` what could not be done. */
 int resume_machine(const struct resume *resume, int random, const char **stage);

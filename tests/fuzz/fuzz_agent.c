@@ -84,14 +84,14 @@ static void touch(char *const *list) {
     for (; *list != NULL; list++) (void)!strnlen(*list, MAX_EXEC + 1);
 }
 
-WRAP(int, start_child, const struct command *c, struct place *place, struct child *child, const char **stage) {
-    const bool terminal = c->flags & EXEC_TERMINAL, init = c->flags & EXEC_INIT;
+static void look_at(const struct command *c) {
     if (c->argv[0] == NULL) complain("a command without a program");
     touch(c->argv);
     touch(c->env);
-    *stage = "fork";
+}
+
+static int new_child(struct child *child, bool terminal) {
     if (REFUSE(0, EMFILE, EAGAIN) != 0 || process_count == MAX_PROCESSES || file_count > MAX_FILES - 8) return EAGAIN;
-    if (init && place->init != 0) return EBUSY;
     processes[process_count] = RUNS;
     child->pid = FIRST_PID + process_count++;
     child->started = new_file(STARTED);
@@ -99,12 +99,37 @@ WRAP(int, start_child, const struct command *c, struct place *place, struct chil
     child->out[0] = terminal ? child->stdin_fd : new_file(OUTPUT);
     child->out[1] = terminal ? -1 : new_file(OUTPUT);
     child->terminal = terminal ? new_file(TERMINAL) : -1;
-    if (init) {
+    return 0;
+}
+
+WRAP(int, start_child, const struct command *c, struct place *place, struct child *child, const char **stage) {
+    const bool init = c->flags & EXEC_INIT;
+    look_at(c);
+    *stage = "fork";
+    if (init && place->init != 0) return EBUSY;
+    const int error = new_child(child, c->flags & EXEC_TERMINAL);
+    if (error == 0 && init) {
         place->init = child->pid;
         place->init_fd = new_file(OTHER);
         place->init_started = child->started;
     }
-    return 0;
+    return error;
+}
+
+WRAP(int, start_spare, struct place *place, struct spare *spare) {
+    if (place->init != 0) return EBUSY;
+    const int error = new_child(&spare->child, false);
+    if (error == 0) spare->orders = new_file(OTHER);
+    return error;
+}
+
+WRAP(bool, order_spare, struct spare *spare, const struct command *c, const unsigned char *payload, size_t size) {
+    look_at(c);
+    if (size > 0) (void)!strnlen((const char *)payload, size);
+    if (c->flags & (EXEC_TERMINAL | EXEC_INIT) || REFUSE(0, EPIPE) != 0) return false;
+    close(spare->orders);
+    spare->orders = -1;
+    return true;
 }
 
 static void end_process(uint8_t which) {

@@ -54,6 +54,27 @@ def test_copies_and_the_original_go_their_own_ways(sandbox: vmette.Sandbox) -> N
     assert text(sandbox, "cat /x") == "0\n"
 
 
+def test_what_was_made_ready_for_the_next_command_is_a_command_like_any_other(sandbox: vmette.Sandbox) -> None:
+    groups = "ls -d /sys/fs/cgroup/vmette/*/ | wc -l; cat /proc/self/cgroup; cat /proc/self/oom_score_adj; ulimit -n"
+    ordinary = text(sandbox, groups).splitlines()
+    with sandbox.fork()[0] as copy:
+        for each in (sandbox, copy):
+            first = text(each, groups).splitlines()
+            second = text(each, groups).splitlines()
+            assert first[0] == second[0] == ordinary[0] == "1"  # nothing else was left
+            assert len({ordinary[1], first[1], second[1]}) == 3
+            assert first[2:] == second[2:] == ordinary[2:]
+        sandbox.fork()[0].close()
+        done = sandbox.run(["sh", "-c", "head -c 20000000 /dev/zero | tail -c 20000000 | wc -c"], text=True)
+        assert done.stdout == "20000000\n"
+        assert done.usage is not None
+        assert 20_000_000 < (done.usage.peak_memory or 0) < 60_000_000
+        sandbox.fork()[0].close()
+        with pytest.raises(vmette.TimeoutExpired):
+            sandbox.run(["sh", "-c", "sleep 1000 & sleep 1000"], timeout=1)
+        assert text(sandbox, "pidof sleep; true") == ""
+
+
 def test_commands_go_on_in_both(sandbox: vmette.Sandbox) -> None:
     script = "i=0; while :; do i=$((i + 1)); echo $i; echo $i >/run/count; sleep 0.05; done"
     with sandbox.popen(["sh", "-c", script]) as counting:

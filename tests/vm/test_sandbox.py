@@ -42,6 +42,39 @@ def test_commands_share_the_machine(sandbox: vmette.Sandbox) -> None:
     assert sandbox.run(["sh", "-c", "kill -USR1 $$"]).returncode == -signal.SIGUSR1
 
 
+def test_users_are_found_whatever_else_their_files_say(sandbox: vmette.Sandbox) -> None:
+    users = [
+        *(
+            b"",
+            b":::",
+            b"last:x:7",
+            b"last:x:no:1::/:",
+            b"last:x:1:-1::/:",
+            b"y" * 70000,
+            b"first:x:1001:1001::/first:",
+        ),
+        *(b"max:x:4294967295:1::/:", b"homeless:x:1004:1004:::", b"last:x:1002:1003:Last:/last:/bin/sh"),
+    ]
+    groups = [
+        *(b"g:x", b"no:x:no:last", b"many:x:50:%s,last" % b",".join(b"u%d" % i for i in range(3000))),
+        *(b"few:x:51:other,last,", b"almost:x:52:las,lasts", b"too-long:x:53:%slast" % (b"y," * 40000), b"e:x:54:last"),
+    ]
+    sandbox.files.write("/etc/passwd", b"\n".join(users))
+    sandbox.files.write("/etc/group", b"\n".join(groups))
+
+    def identity(user: str) -> str:
+        done = sandbox.run(["sh", "-c", "echo $(id -u) $(id -G) $HOME"], user=user, text=True, check=True)
+        return str(done.stdout).strip()
+
+    assert identity("last") == identity("1002") == "1002 1003 50 51 54 /last"
+    assert identity("last:few") == "1002 51 /last"
+    assert identity("homeless") == "1004 1004 /"
+    assert identity("77") == "77 0 /"
+    for unknown in ("max", "y" * 100, "no", "last:no", "last:too-long2"):
+        with pytest.raises(vmette.CommandNotStarted):
+            sandbox.run(["true"], user=unknown)
+
+
 def test_run_takes_what_vmette_run_takes(sandbox: vmette.Sandbox) -> None:
     done = sandbox.run(
         ["sh", "-c", "cat; echo $A; pwd; id -u"], input="in\n", env={"A": "b c"}, cwd="/usr", user="12:34", text=True
