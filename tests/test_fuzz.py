@@ -69,8 +69,9 @@ NATIVE = (
         "agent",
         40_000,
         sources=("agent", "command", "accounts", "address", "cgroup", "resume", "wire"),
-        wrapped="start_child start_spare order_spare wait4 kill read write poll close open mkdirat unlinkat syscall fcntl ioctl tcgetattr "
-        "signalfd setns setrlimit socket connect bind listen accept4 getsockopt setsockopt shutdown",
+        wrapped="start_child start_spare order_spare wait4 kill read write poll close open mkdirat unlinkat syscall "
+        "fcntl ioctl tcgetattr signalfd setns setrlimit socket connect bind listen accept4 getsockopt setsockopt "
+        "shutdown",
     ),
     Native(
         "untar",

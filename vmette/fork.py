@@ -27,9 +27,11 @@ def fork(sandbox: Sandbox, count: int) -> list[Sandbox]:
     if count < 1:
         raise ConfigError(f"{count} copies of a sandbox: there can be 1 and more")
     check_savable(machine.config)
+    if machine.has_secrets and vmm.name() != "qemu":
+        raise ConfigError("a sandbox with secrets is not copied here: they would be on the disk for a while")
     with _place() as saved:
         try:
-            sandbox._session.call(lambda guest: guest.save(saved))
+            sandbox._session.save(lambda guest: guest.save(saved))
         except OSError as error:
             raise VmetteError(f"the sandbox cannot be copied: {reason(error)}") from error
 
@@ -69,4 +71,4 @@ def _copied(machine: Machine, saved: Saved, number: int) -> Machine:
     suffix = f"-{number}"
     hostname = machine.config.hostname[: HOSTNAME_BYTES - len(suffix)].rstrip("-.") + suffix
     config = replace(machine.config, saved=saved, hostname=hostname)
-    return replace(machine, config=config, services=services, template=False)
+    return replace(machine, config=config, services=services, template=False, copied_secrets=machine.has_secrets)

@@ -130,6 +130,13 @@ class Machine:
     cancelled: Callable[[], bool] | None = None
     template: bool = True
     """It may wake from a template (:mod:`vmette.templates`)."""
+    copied_secrets: bool = False
+    """It is a copy of a machine that has secrets, and so has its memory."""
+
+    @property
+    def has_secrets(self) -> bool:
+        """Whether there is something in its memory that is to be on no disk."""
+        return self.copied_secrets or (self.services is not None and bool(self.services.secrets))
 
     def command(
         self,

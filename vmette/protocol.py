@@ -427,6 +427,8 @@ class Connection:
 
         What is said to it from now on is held back until :meth:`resume`.
         """
+        if self._held is not None:  # it was asked before, and has yet to answer
+            return
         self._send(FrameType.PAUSE, 0)
         self._held = bytearray()
 

@@ -7,6 +7,7 @@ clock and names of its own. It needs the QEMU, the guest and the root image that
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import assets, saved, vmm
-from .config import Command, MachineConfig, Saved
+from .config import PARTS, Command, MachineConfig, Saved
 from .errors import ConfigError, SandboxTimeout, VmetteError, VmmError, reason
 from .providers.base import BlockFs, BlockImage, ImageConfig
 
@@ -141,7 +142,7 @@ def save_running(guest: Guest, machine: Machine, target: str | os.PathLike[str],
         VmetteError: it could not.
     """
     directory = _directory(target)
-    if machine.services is not None and machine.services.secrets:
+    if machine.has_secrets:
         raise ConfigError("a machine with secrets is not saved: they would be on the disk")
     with _staging(directory) as staging:
         return save(guest, machine, staging, directory, rootfs, ())
@@ -280,12 +281,22 @@ def remove(target: str | os.PathLike[str]) -> None:
     """
     path = _directory(target)
     with _locked(path.parent):
-        if not (path / saved.META).is_file():  # whatever else it is, it stays
-            raise _none(path)
+        if not (path / saved.META).is_file() or (path.parent != _root() and not _is_snapshot(path)):
+            raise _none(path)  # whatever else it is, it stays
         gone = path.with_name(f".{path.name}.gone")
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)  # first, so that nobody finds half of one
         shutil.rmtree(gone)
+
+
+def _is_snapshot(path: Path) -> bool:
+    """Whether a directory is a snapshot, of whatever version, and nothing else is in it."""
+    try:
+        names = {each.name for each in path.iterdir() if not each.name.startswith(".")}
+        meta = json.loads((path / saved.META).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(meta, dict) and "checksums" in meta and names <= {saved.META, saved.CHECKED, *PARTS}
 
 
 def machine(target: str, options: MachineOptions) -> Machine:

@@ -107,29 +107,29 @@ class Template:
             return
         import pickle
         import sys
+        import tempfile
 
         from .detached.client import inherited
 
         config = replace(
             self.config,
-            root=self.config.root and replace(self.config.root, path=self.config.root.path.absolute()),
+            root=self.config.root and replace(self.config.root, path=self.config.root.path.absolute(), config=None),
             kernel=self.config.kernel_path.absolute(),
             initramfs=self.config.initramfs_path.absolute(),
         )
         environment = {**inherited(), "VMETTE_CACHE_DIR": os.fspath(assets.cache_root().absolute())}
-        reader, writer = os.pipe()
         try:
-            with os.fdopen(writer, "wb") as file:
-                file.write(pickle.dumps(config))
-            # A shell that does not wait for it: it is nobody's child then, and its end nobody's business.
-            argv = ["sh", "-c", '"$@" <&3 3<&- &', "sh", sys.executable, "-c", _PROGRAM]
-            redirect = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (1, 2)]
-            actions = [(os.POSIX_SPAWN_DUP2, reader, 3), *redirect]
-            os.waitpid(os.posix_spawn("/bin/sh", argv, environment, file_actions=actions, setsid=True), 0)
+            with tempfile.TemporaryFile() as told:  # a pipe would hold only so much before somebody reads it
+                told.write(pickle.dumps(config))
+                told.seek(0)
+                # A shell that does not wait for it: it is nobody's child then, and its end nobody's business.
+                argv = ["sh", "-c", '"$@" <&3 3<&- &', "sh", sys.executable, "-c", _PROGRAM]
+                redirect = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (1, 2)]
+                actions = [(os.POSIX_SPAWN_DUP2, told.fileno(), 3), *redirect]
+                spawned = os.posix_spawn("/bin/sh", argv, environment, file_actions=actions, setsid=True, setsigmask=[])
+                os.waitpid(spawned, 0)
         except OSError as error:
             logger.info("no template is made: %s", reason(error))
-        finally:
-            os.close(reader)
 
     def make(self) -> None:
         """Boots a machine and saves it, unless somebody else does, or makes another one.
@@ -322,6 +322,7 @@ def main() -> None:
     import pickle
     import sys
 
+    os.closerange(3, 1 << 16)  # what whoever started the run has open is none of this process's business
     os.nice(19)
     with suppress(OSError, AttributeError):  # only where nobody else wants the processor; Linux alone has it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -729,17 +729,21 @@ static bool take_hello(struct agent *a, const unsigned char *payload, size_t siz
     for (int i = 0; i < MAX_STREAMS; i++)
         if (a->streams[i].id != 0) leave_host(a, &a->streams[i]);
     int error = a->woken(&resume, a->random, &stage);
-    if (error != 0)
+    if (error != 0) {
         answer_error(a, 0, error, stage);
-    else
+    } else {
+        cgroups_thaw(&a->cgroups);
         greet(a, NULL, 0);
+    }
     return true;
 }
 
-/* PAUSE. What there is to say is said, and then that there is no more: a host that has heard it, and says nothing either,
+/* PAUSE. All commands stand still: in a machine that wakes they go on when it has its own entropy, clock and names, and not
+ * before. What there is to say is said, and then that there is no more: a host that has heard it, and says nothing either,
  * can save the machine with no frame half on its way. */
 static bool take_pause(struct agent *a) {
     unsigned char frame[HEADER];
+    cgroups_freeze(&a->cgroups);
     prepare_spare(a);
     expect_resume();
     put_header(frame, FRAME_PAUSE, 0, 0);
@@ -829,6 +833,7 @@ static bool take_frame(struct agent *a, int type, uint32_t id, const unsigned ch
         case FRAME_RESUME: {
             const bool paused = a->paused;
             a->paused = false;
+            cgroups_thaw(&a->cgroups);
             return size == 0 && paused;
         }
         case FRAME_EXEC:

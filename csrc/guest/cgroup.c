@@ -8,14 +8,17 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <linux/openat2.h>
 
+enum { FREEZE_STEPS = 1000, FREEZE_STEP_MS = 2 };
+
 void cgroups_open(struct cgroups *g) {
     g->parent = open(CGROUP_PARENT, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     g->left_count = 0;
-    g->due = false;
+    g->due = g->frozen = false;
 }
 
 void cgroups_close(struct cgroups *g) {
@@ -24,12 +27,16 @@ void cgroups_close(struct cgroups *g) {
 }
 
 /* The guest's root may mount something over a file there: a pipe, on which one would wait for ever, or what lies. */
-static int open_file(const struct cgroups *g, uint32_t id, const char *file, int flags) {
+static int open_path(const struct cgroups *g, const char *path, int flags) {
     const struct open_how how = {.flags = (uint64_t)(flags | O_NONBLOCK | O_CLOEXEC),
                                  .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV};
+    return g->parent < 0 ? -1 : (int)syscall(SYS_openat2, g->parent, path, &how, sizeof how);
+}
+
+static int open_file(const struct cgroups *g, uint32_t id, const char *file, int flags) {
     char path[64];
     snprintf(path, sizeof path, "%u/%s", id, file);
-    return g->parent < 0 ? -1 : (int)syscall(SYS_openat2, g->parent, path, &how, sizeof how);
+    return open_path(g, path, flags);
 }
 
 /* Reads a small file as text. */
@@ -73,6 +80,42 @@ bool cgroup_oom_kills(const struct cgroups *g, uint32_t id, uint32_t *count) {
     *count = (uint32_t)strtoul(found + strlen("oom_kill "), NULL, 10);
     return true;
 }
+
+/* --- All of them ----------------------------------------------------------------------------------------------------- */
+
+static bool write_freeze(const struct cgroups *g, const char *value) {
+    int fd = open_path(g, "cgroup.freeze", O_WRONLY);
+    if (fd < 0) return false;
+    bool written = write(fd, value, 1) == 1;
+    close(fd);
+    return written;
+}
+
+/* Whether the parent's cgroup.events say so. */
+static bool says(const struct cgroups *g, const char *line) {
+    char text[256];
+    int fd = open_path(g, "cgroup.events", O_RDONLY);
+    if (fd < 0) return false;
+    ssize_t n = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (n <= 0) return false;
+    text[n] = 0;
+    return strstr(text, line) != NULL;
+}
+
+void cgroups_freeze(struct cgroups *g) {
+    const struct timespec step = {.tv_nsec = FREEZE_STEP_MS * 1000000};
+    if (!says(g, "populated 1") || !write_freeze(g, "1")) return;
+    g->frozen = true;
+    for (int left = FREEZE_STEPS; left > 0 && !says(g, "frozen 1"); left--) nanosleep(&step, NULL);
+}
+
+void cgroups_thaw(struct cgroups *g) {
+    if (g->frozen) write_freeze(g, "0");
+    g->frozen = false;
+}
+
+/* --- Their ends ------------------------------------------------------------------------------------------------------ */
 
 /* Whether it is gone. */
 static bool try_remove(const struct cgroups *g, uint32_t id) {

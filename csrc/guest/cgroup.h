@@ -17,7 +17,8 @@ struct cgroups {
     int parent;         /* -1: there are none */
     uint32_t left[256]; /* those in which a command that has ended left processes; the oldest first */
     size_t left_count;
-    bool due; /* one of them may be empty now: cgroups_sweep is to look */
+    bool due;    /* one of them may be empty now: cgroups_sweep is to look */
+    bool frozen; /* see cgroups_freeze */
 };
 
 void cgroups_open(struct cgroups *g);
@@ -33,6 +34,11 @@ bool cgroup_kill(const struct cgroups *g, uint32_t id);
  * kernel does not say. */
 bool cgroup_peak(const struct cgroups *g, uint32_t id, uint64_t *bytes);
 bool cgroup_oom_kills(const struct cgroups *g, uint32_t id, uint32_t *count);
+
+/* Has all that runs there stand still, and waits until it does, but not for ever: what waits in the kernel for something
+ * that does not come has nothing to say meanwhile either. Where nothing runs, nothing is done. */
+void cgroups_freeze(struct cgroups *g);
+void cgroups_thaw(struct cgroups *g);
 
 /* The command has ended: cgroups_sweep removes the cgroup, now or when there are no more processes in it. */
 void cgroup_remove(struct cgroups *g, uint32_t id);

@@ -7,6 +7,7 @@ import hashlib
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -150,14 +151,57 @@ def test_nothing_is_left_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_ports_are_not_published_twice(tmp_path: Path) -> None:
-    with vmette.Sandbox(BASE, publish=["0:80"], allow_hosts=["example.com"], secrets={"A": "b"}) as sandbox:
-        with sandbox.fork()[0] as copy:
-            assert text(copy, "cat /run/secrets/A; echo; echo $HTTPS_PROXY") == "b\nhttp://127.0.0.1:3128\n"
-            said = copy.run(["sh", "-c", "wget -qO- http://example.org/ 2>&1"], text=True).stdout
-            assert "403" in said
-        with pytest.raises(vmette.ConfigError, match="secrets is not saved"):
-            sandbox.snapshot(tmp_path / "snapshot")
-        assert not (tmp_path / "snapshot").exists()
+    with (
+        vmette.Sandbox(BASE, publish=["0:80"], allow_hosts=["example.com"]) as sandbox,
+        sandbox.fork()[0] as copy,
+    ):
+        assert text(copy, "echo $HTTPS_PROXY") == "http://127.0.0.1:3128\n"
+        said = copy.run(["sh", "-c", "wget -qO- http://example.org/ 2>&1"], text=True).stdout
+        assert "403" in said
+
+
+def test_secrets_are_on_no_disk(tmp_path: Path) -> None:
+    """Nor is what a copy, or a copy's copy, has of them."""
+    target = tmp_path / "snapshot"
+    with vmette.Sandbox(BASE, secrets={"A": "b"}) as sandbox, ExitStack() as stack:
+        family = [sandbox]
+        if vz():  # whose copies are on the disk for a while
+            with pytest.raises(vmette.ConfigError, match="secrets is not copied"):
+                sandbox.fork()
+        else:
+            family += [stack.enter_context(sandbox.fork()[0])]
+            family += [stack.enter_context(family[1].fork()[0])]
+        for each in family:
+            assert text(each, "cat /run/secrets/A") == "b"
+            with pytest.raises(vmette.ConfigError, match="secrets is not saved"):
+                each.snapshot(target)
+        assert not target.exists()
+
+
+def test_nothing_runs_in_a_copy_before_it_is_its_own(sandbox: vmette.Sandbox) -> None:
+    """What ran when it was made stood still until it had a name of its own, and entropy, which it gets just before."""
+    text(sandbox, "(while :; do hostname; done) >/run/names 2>&1 &")
+    time.sleep(0.5)
+    with ExitStack() as stack:
+        copies = [stack.enter_context(copy) for copy in sandbox.fork(3)]
+        wait_until(lambda: all(text(copy, "grep -c -- - /run/names; true") != "0\n" for copy in copies), "names")
+        before = [text(copy, "grep -cx parent /run/names") for copy in copies]
+        assert int(before[0]) > 1
+        assert before == [before[0]] * 3
+        # And in the original it goes on too.
+        seen = int(text(sandbox, "wc -l </run/names"))
+        wait_until(lambda: int(text(sandbox, "wc -l </run/names")) > seen, "the original's loop")
+
+
+def test_many_threads_copy_at_once(sandbox: vmette.Sandbox) -> None:
+    def copy(number: int) -> str:
+        sandbox.run(["sh", "-c", "cat >/dev/null"], input=bytes(100_000), check=True)
+        with sandbox.fork()[0] as other:
+            return text(other, f"echo {number}")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(copy, range(8))] == [f"{number}\n" for number in range(8)]
+    assert text(sandbox, "echo fine") == "fine\n"
 
 
 def test_what_cannot_be_copied(sandbox: vmette.Sandbox, tmp_path: Path) -> None:

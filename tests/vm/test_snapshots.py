@@ -202,6 +202,22 @@ def test_one_that_is_being_made_and_is_killed_leaves_nothing_in_the_way(own: Pat
     assert sorted(path.name for path in own.parent.iterdir()) == ["other", "warm"]
 
 
+@pytest.mark.parametrize("beside", ["meta alone", "another file"])
+def test_what_is_no_snapshot_is_not_removed(beside: str, own: Path, tmp_path: Path, cli: Cli) -> None:
+    place = tmp_path / "mine"
+    if beside == "another file":
+        with vmette.Sandbox(BASE) as sandbox:
+            sandbox.snapshot(place)
+        (place / "notes").write_text("mine")
+    else:
+        place.mkdir()
+        (place / "meta.json").write_text('{"name": "something else"}')
+    done = cli("snapshot", "rm", str(place))
+    assert done.returncode == 2
+    assert b"there is no snapshot" in done.stderr
+    assert (place / "meta.json").exists()
+
+
 def test_two_that_are_made_at_once(own: Path) -> None:
     argv = command(["snapshot", "create", "--run", "until [ -e /tmp/no ]; do sleep 1; done", BASE, "slow"])
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL) as process:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import vmette
 from tests.vm.support import BASE, Cli, command, vmm_processes, vz, wait_until
 from vmette import templates
 from vmette.machine import prepare
+from vmette.providers.base import ImageConfig
 from vmette.templates import Template
 
 WOKEN = "woken from a template"
@@ -92,6 +94,28 @@ def test_the_builder_does_not_hold_the_run_up(place: Path, cli: Cli) -> None:
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.communicate(timeout=60) == (b"", b"")  # ends when nobody has them open
     wait_until(lambda: bool(made(place)), "a template")
+
+
+def test_the_builder_holds_nothing_of_whoever_started_the_run(place: Path, cli: Cli) -> None:
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    assert cli("run", BASE, "true", pass_fds=[writer]).returncode == 0
+    os.close(writer)
+    wait_until(lambda: builders() or made(place), "a process that makes the template")
+    with os.fdopen(reader, "rb") as rest:
+        assert rest.read() == b""
+    assert builders()  # it goes on, and without the pipe's end
+    wait_until(lambda: made(place), "a template")
+
+
+def test_an_image_with_much_to_say_of_itself(place: Path) -> None:
+    """More than a pipe holds is told to the builder's process, or would be: it needs none of it."""
+    machine = prepare(BASE, {})
+    assert machine.config.root is not None
+    image = ImageConfig(env=tuple((f"NAME{number}", "value" * 10) for number in range(5000)))
+    config = replace(machine.config, root=replace(machine.config.root, config=image))
+    Template(config).make_later()
+    wait_until(lambda: made(place), "a template")
 
 
 def test_a_sandbox_has_one_made_while_it_lives(place: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -244,8 +243,7 @@ class QemuMachine(VirtualMachine):
             other._monitor.settle()
             self._monitor.send(ours.fileno(), memory=True)
             ours.close()
-            while other._monitor.execute("query-status")["status"] == "inmigrate":
-                time.sleep(0.001)
+            other._monitor.wait_until_received()
             if self._scratch >= 0:
                 os.ftruncate(other._scratch, 0)
                 copy_with_holes(self._scratch, other._scratch)

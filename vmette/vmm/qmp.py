@@ -81,6 +81,14 @@ class Monitor:
         self._tell_what(memory=memory)
         self.ask("migrate-incoming", {"uri": f"fd:{source}"})
 
+    def wait_until_received(self) -> None:
+        """Waits until all has come of what :meth:`receive` is about."""
+        end = time.monotonic() + ANSWER_SECONDS
+        while self.execute("query-status")["status"] == "inmigrate":
+            if time.monotonic() > end:
+                raise VmmError("QEMU does not get the machine's state")
+            time.sleep(POLL_SECONDS)
+
     def _tell_what(self, *, memory: bool) -> None:
         # (It is no property, that the command line could set, before QEMU 9.)
         capabilities = [{"capability": "x-ignore-shared", "state": not memory}]
@@ -96,7 +104,10 @@ class Monitor:
         except OSError as error:
             raise VmmError(f"QEMU's monitor does not answer to {command}: {error}") from error
         line, _, self._rest = self._rest.partition(b"\n")
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise VmmError("QEMU's monitor does not speak JSON") from error
 
     def close(self) -> None:
         """Hangs up."""
