@@ -174,6 +174,8 @@ class Guest:
         self._pauses = self._paused = False
         self.kernel: str | None = None
         """The release of the guest's kernel; None until it is up."""
+        self.facts: dict[str, str] | None = None
+        """What it was started with, if it can be saved: see :func:`vmette.saved.facts`."""
         self._crippled: float | None = None
         """When a program that serves the VM has ended."""
         config = machine.config

@@ -359,7 +359,12 @@ def _started(
     from .guest import Guest
 
     vm.settle()
-    return stack.enter_context(Guest(vm, stopwatch, debug=debug, cancelled=machine.cancelled))
+    guest = stack.enter_context(Guest(vm, stopwatch, debug=debug, cancelled=machine.cancelled))
+    if config.savable:
+        from . import saved
+
+        guest.facts = saved.facts(vmm.settled(config))
+    return guest
 
 
 def _woken(
@@ -382,7 +387,8 @@ def _woken(
                 raise
             logger.warning("a machine did not wake, and boots: %s", str(error) or "it took too long")
             stopwatch.way = "booted: the template was of no use"
-            template.drop()
+            if not isinstance(error, OSError):  # which would be this process's trouble
+                template.give_up(error)
             return None
         stack.push(inner.pop_all())
         return guest

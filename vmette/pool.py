@@ -103,6 +103,9 @@ class Pool:
         """Gives one back: whoever takes it next finds what its earlier commands have left of files and processes.
 
         One that has ended is none, nor is one too many kept.
+
+        Raises:
+            ValueError: it is not of this pool, or was given back before.
         """
         self._shelf.put(sandbox)
 
@@ -156,6 +159,7 @@ class _Shelf:
         self.options = cancellable(options, self.closed.is_set)
         self.template_of: Any = None
         self.ready: deque[tuple[float, Sandbox]] = deque()
+        self._taken: weakref.WeakSet[Sandbox] = weakref.WeakSet()
         self._changed = threading.Condition()
         self._starting = 0
         self._errors: list[BaseException] = []
@@ -197,12 +201,17 @@ class _Shelf:
                 assert timeout is not None
                 raise TimeoutError(f"no sandbox was ready within {timeout:g} seconds")
             if not sandbox.closed and (time.monotonic() < since + STALE_SECONDS or _answers(sandbox)):
+                with self._changed:
+                    self._taken.add(sandbox)
                 return sandbox
             self.discard(sandbox)
 
     def put(self, sandbox: Sandbox) -> None:
         """See :meth:`Pool.release`."""
         with self._changed:
+            if sandbox not in self._taken:
+                raise ValueError("this sandbox is none of the pool's, or has been given back")
+            self._taken.remove(sandbox)
             if not sandbox.closed and not self.closed.is_set() and len(self.ready) < self.size:
                 self.ready.appendleft((time.monotonic(), sandbox))
                 self._changed.notify()

@@ -316,7 +316,8 @@ class Sandbox:
         certificates are in it as they were. See also :meth:`snapshot`.
 
         Raises:
-            ConfigError: the machine has shares or disks, or `count` is less than 1.
+            ConfigError: the machine has shares or disks, or secrets and copies that would be on the disk (on macOS), or
+                `count` is less than 1.
             VmmError, GuestError: it cannot be saved, or a copy does not wake.
             SandboxClosed: the VM has ended.
         """

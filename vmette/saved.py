@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -50,6 +51,11 @@ def facts(config: MachineConfig) -> dict[str, str]:
     }
 
 
+def changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Which facts are others now."""
+    return [what for what in now if then.get(what) != now[what]]
+
+
 def _image(path: Path) -> str:
     """What changes when the image at `path` does."""
     path = path.resolve()
@@ -85,9 +91,12 @@ def read(saved: Saved) -> dict[str, Any]:
     """What :func:`seal` has written down.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is not to be trusted.
         ValueError: it is something else, or of another version of vmette.
     """
+    status = saved.directory.stat()
+    if status.st_uid not in {os.geteuid(), 0} or status.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, "others can change it", os.fspath(saved.directory))
     meta = json.loads((saved.directory / META).read_bytes())
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ValueError("it is of another version of vmette")
@@ -104,9 +113,7 @@ def check(saved: Saved, config: MachineConfig, meta: Mapping[str, Any]) -> None:
         VmmError: it does not, with the reason.
     """
     try:
-        here = facts(config)
-        changed = [what for what in here if meta["facts"].get(what) != here[what]]
-        if changed:
+        if changed := changes(meta["facts"], facts(config)):
             raise VmmError(f"it was made with another version of {changed[0]}")
         if set(meta["checksums"]) != {path.name for path in saved.parts}:
             raise VmmError("it is damaged: a file is missing")

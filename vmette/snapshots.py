@@ -178,6 +178,8 @@ def save(
     check_savable(config)
     assert isinstance(config.root, BlockImage)
     files = Saved(staging)
+    if guest.facts is not None and (changed := saved.changes(guest.facts, saved.facts(config))):
+        raise VmmError(f"the machine cannot be saved: {changed[0]} is another one now than when it was started")
     try:
         guest.save(files, last=last)
         snapshot = Snapshot(

@@ -38,6 +38,8 @@ BOOT_SECONDS = 120.0
 WARM_UP_SECONDS = 10.0
 MIN_FREE = 1 << 30
 """Bytes of the disk that must be free: with less, a template would be in others' way."""
+MAX_SIZE = 1 << 29
+"""Bytes on the disk: an image's `true` that fills the memory does not fill the disk."""
 RETRY_SECONDS = 3600.0
 """After a template could not be made, it is tried again."""
 MAX_SHARE_TEXT = 3000
@@ -78,6 +80,8 @@ class Template:
             saved.check(self.saved, self.config, meta)
         except (OSError, ValueError, VmmError) as error:
             logger.info("template %s: %s", self.path, error)
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                return f"the template cannot be read: {reason(error)}"  # now, by this process: it may be fine
             self.drop()
             return "the template was of no more use"
         with suppress(OSError):
@@ -87,6 +91,12 @@ class Template:
     def drop(self) -> None:
         """Removes it."""
         _remove(self.path)
+
+    def give_up(self, error: Exception) -> None:
+        """Removes it, and has none made for a while: no machine wakes from it."""
+        self.drop()
+        with suppress(OSError):
+            write_atomically(self._failed, str(error).encode())
 
     # --- making it
 
@@ -177,6 +187,9 @@ class Template:
             _warm_up(guest)
             guest.save(Saved(place), last=True)
         empty.rmdir()
+        size = sum(path.stat().st_blocks for path in Saved(place).parts) * 512
+        if size > MAX_SIZE:
+            raise VmetteError(f"the machine holds {size >> 20} MiB after its start: that is too much to keep")
         saved.seal(Saved(place), self.config, {})
 
 

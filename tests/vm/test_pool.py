@@ -171,6 +171,15 @@ def test_its_end(pool: vmette.Pool) -> None:
     wait_until(lambda: not vmms(), "the end of all")
 
 
+def test_only_what_is_in_use_is_given_back(pool: vmette.Pool) -> None:
+    with pool.sandbox(reuse=True) as sandbox:
+        pass
+    with pytest.raises(ValueError, match=r"none of the pool's"):
+        pool.release(sandbox)
+    with vmette.Sandbox(BASE) as other, pytest.raises(ValueError, match=r"none of the pool's"):
+        pool.release(other)
+
+
 def test_one_that_nobody_has_any_more_ends() -> None:
     pool = vmette.Pool(BASE, size=1)
     full(pool)

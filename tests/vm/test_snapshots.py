@@ -306,7 +306,11 @@ def test_another_kernel_is_another_machine(own: Path, tmp_path: Path, monkeypatc
     snapshots.remove("warm")
     snapshots.create("warm", BASE)
     assert output("warm", "echo woken") == "woken\n"
-    assets.kernel(assets.host_arch()).touch()
+    with vmette.Sandbox(BASE) as sandbox:
+        assets.kernel(assets.host_arch()).touch()
+        with pytest.raises(vmette.VmmError, match="the guest's kernel is another one now than when it was started"):
+            sandbox.snapshot("late")
+        assert sandbox.run(["true"]).returncode == 0
     with pytest.raises(vmette.VmmError, match="made with another version of the guest's kernel; create it anew"):
         output("warm", "true")
 

@@ -101,11 +101,11 @@ def test_the_builder_holds_nothing_of_whoever_started_the_run(place: Path, cli: 
     os.set_inheritable(writer, True)
     assert cli("run", BASE, "true", pass_fds=[writer]).returncode == 0
     os.close(writer)
-    wait_until(lambda: builders() or made(place), "a process that makes the template")
+    wait_until(lambda: bool(builders() or made(place)), "a process that makes the template")
     with os.fdopen(reader, "rb") as rest:
         assert rest.read() == b""
     assert builders()  # it goes on, and without the pipe's end
-    wait_until(lambda: made(place), "a template")
+    wait_until(lambda: bool(made(place)), "a template")
 
 
 def test_an_image_with_much_to_say_of_itself(place: Path) -> None:
@@ -115,7 +115,7 @@ def test_an_image_with_much_to_say_of_itself(place: Path) -> None:
     image = ImageConfig(env=tuple((f"NAME{number}", "value" * 10) for number in range(5000)))
     config = replace(machine.config, root=replace(machine.config.root, config=image))
     Template(config).make_later()
-    wait_until(lambda: made(place), "a template")
+    wait_until(lambda: bool(made(place)), "a template")
 
 
 def test_a_sandbox_has_one_made_while_it_lives(place: Path) -> None:
@@ -369,6 +369,25 @@ def test_one_that_does_not_wake_is_dropped_and_the_machine_boots(
         assert sandbox.run(["echo", "fine"]).stdout == b"fine\n"
     assert "a machine did not wake, and boots" in caplog.text
     assert not made(place)
+    assert [*place.glob(".*.failed")]  # nor is the next one made at once, to fail again
+    assert not builders()
+
+
+def test_one_that_others_can_change_is_not_woken(place: Path) -> None:
+    template = build()
+    template.path.chmod(0o720)
+    with vmette.Sandbox(BASE) as sandbox:
+        assert sandbox.came_up == "booted: the template cannot be read: others can change it"
+    template.path.chmod(0o700)
+    assert run("echo fine") == "fine\n"
+
+
+def test_one_that_is_too_large_is_not_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmette.templates.MAX_SIZE", 1 << 20)
+    with pytest.raises(vmette.VmetteError, match="MiB after its start: that is too much to keep"):
+        Template(prepare(BASE, {}).config).make()
+    assert not made(place)
+    assert not [*place.glob("*.part")]
 
 
 def test_another_guest_is_another_template(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

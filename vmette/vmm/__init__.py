@@ -77,7 +77,12 @@ def identity(config: MachineConfig) -> dict[str, str]:
         return {"vmette-vz": probe.identity(program().path), "macOS": host}
     from .qemu import binary
 
-    return {"QEMU": probe.identity(binary(config.arch)), "the accelerator": config.accel, "this host": host}
+    found = {"QEMU": probe.identity(binary(config.arch)), "the accelerator": config.accel, "this host": host}
+    if config.network:  # the guest knows whom to ask for names
+        from .passt import find
+
+        found["the network"] = "QEMU" if find() is None else "passt"
+    return found
 
 
 def _processor() -> str:
