@@ -67,6 +67,7 @@ struct stream {
     bool builtin;    /* it is a function of this program */
     bool orphan;     /* its host is another machine's now: nothing is said of it, and its output goes nowhere */
     uint32_t cgroup; /* the number of its cgroup */
+    bool killed;     /* with all of its processes */
     bool exited;
     int status;
     struct rusage usage;
@@ -511,6 +512,7 @@ static void finish_command(struct agent *a, struct stream *s) {
     if (s->id == 0 || s->started >= 0 || !s->exited) return;
     if (!drained(&s->out[0]) || !drained(&s->out[1]) || !can_answer(a)) return;
     if (!s->orphan) answer_exit(a, s);
+    if (s->killed) cgroup_await_death(&a->cgroups, s->cgroup);
     cgroup_remove(&a->cgroups, s->cgroup);
     free_stream(s);
 }
@@ -803,6 +805,7 @@ static bool take_signal(struct agent *a, uint32_t id, struct stream *s, const un
     if (s == NULL) return true;
     if (s->kind == COMMAND) {
         send_signal(a, s, payload[0], payload[1]);
+        if (payload[1] & SIGNAL_ALL) s->killed = true;
     } else if (payload[0] == SIGKILL) {
         answer_end(a, id, TAG_SIGNAL, SIGKILL);
         cut_off(s);

@@ -13,7 +13,7 @@
 
 #include <linux/openat2.h>
 
-enum { FREEZE_STEPS = 1000, FREEZE_STEP_MS = 2 };
+enum { FREEZE_STEPS = 1000, FREEZE_STEP_MS = 2, DEATH_STEPS = 100, DEATH_STEP_MS = 2 };
 
 void cgroups_open(struct cgroups *g) {
     g->parent = open(CGROUP_PARENT, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -122,6 +122,11 @@ static bool try_remove(const struct cgroups *g, uint32_t id) {
     char name[16];
     snprintf(name, sizeof name, "%u", id);
     return unlinkat(g->parent, name, AT_REMOVEDIR) == 0 || errno == ENOENT;
+}
+
+void cgroup_await_death(const struct cgroups *g, uint32_t id) {
+    const struct timespec step = {.tv_nsec = DEATH_STEP_MS * 1000000};
+    for (int left = DEATH_STEPS; left > 0 && g->parent >= 0 && !try_remove(g, id); left--) nanosleep(&step, NULL);
 }
 
 void cgroup_remove(struct cgroups *g, uint32_t id) {

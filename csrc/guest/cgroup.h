@@ -40,6 +40,9 @@ bool cgroup_oom_kills(const struct cgroups *g, uint32_t id, uint32_t *count);
 void cgroups_freeze(struct cgroups *g);
 void cgroups_thaw(struct cgroups *g);
 
+/* Waits, but not for long, until the processes that were killed there have died: the host is told of an end of all. */
+void cgroup_await_death(const struct cgroups *g, uint32_t id);
+
 /* The command has ended: cgroups_sweep removes the cgroup, now or when there are no more processes in it. */
 void cgroup_remove(struct cgroups *g, uint32_t id);
 void cgroups_sweep(struct cgroups *g);
