@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .config import Command, MachineConfig, Saved
 from .errors import CommandNotStarted, GuestError, ProtocolError, SandboxClosed, SandboxTimeout, VmetteError, VmmError
 from .linux import strerror
-from .polling import new_poll
+from .polling import HEED_SECONDS, new_poll
 from .protocol import (
     MAX_STREAMS,
     Accepted,
@@ -640,6 +640,8 @@ class Guest:
         """
         now = time.monotonic()
         ends = [] if until is None else [until]
+        if self._wake is None:  # else this is no main thread's, and no signal comes here
+            ends.append(now + HEED_SECONDS)
         if self._crippled is not None:
             ends.append(self._crippled + CRIPPLED_SECONDS)
             if now >= ends[-1]:

@@ -7,6 +7,10 @@ import select
 import sys
 from typing import Protocol
 
+HEED_SECONDS = 1.0
+"""The main thread waits no longer at a time. Python runs the handler of a signal between two waits, and one that comes
+just before a wait begins does not end that."""
+
 
 class Poll(Protocol):
     """What :func:`select.poll` gives."""

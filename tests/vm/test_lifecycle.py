@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -33,6 +35,37 @@ def running(tmp_path: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
+
+
+ELSEWHERE = """
+import signal, sys, threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+from vmette.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""Here another thread takes SIGINT, which so ends no wait of the main thread's: as one that comes just before it."""
+
+
+def test_a_signal_that_ends_no_wait_is_heard() -> None:
+    def interrupted(*words: str) -> None:
+        argv = [sys.executable, "-c", ELSEWHERE, *words, "sh", "-c", "echo up; exec sleep 1000"]
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"up\n"
+                time.sleep(0.2)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(30) == 130
+            finally:
+                process.kill()
+
+    interrupted("run", BASE)
+    subprocess.run(command(["run", "-d", "--name", "heard", BASE]), check=True, stdout=subprocess.DEVNULL)
+    try:
+        interrupted("exec", "heard")
+    finally:
+        subprocess.run(command(["rm", "-f", "heard"]), check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(

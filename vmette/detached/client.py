@@ -18,11 +18,10 @@ from pathlib import Path
 from ..config import Command
 from ..errors import ConfigError, SandboxClosed, SandboxTimeout, VmetteError, VmmError
 from ..machine import Machine
+from ..polling import HEED_SECONDS
 from . import wire
 from .machines import Entry, State, machines
 
-MAX_WAIT = 1e6
-"""Seconds that are waited at once: a socket's time-out is less than 25 days."""
 _INHERITED = re.compile(
     "PATH|HOME|TMPDIR|TEMP|TMP|TZ|LANG|LANGUAGE|LC_[A-Z]+|LD_LIBRARY_PATH|PYTHON[A-Z0-9]+"
     "|XDG_(CACHE|CONFIG|STATE)_HOME|XDG_RUNTIME_DIR|VMETTE_(ASSETS|CACHE|STATE)_DIR|VMETTE_(VMM|VZ|VSOCK|TEMPLATES|CACHE_MAX_BYTES)"
@@ -168,12 +167,12 @@ def ask(entry: Entry, message: wire.Message) -> None:
 def _answer(entry: Entry, connection: socket.socket, deadline: float | None) -> wire.Message:
     line = b""
     while not line.endswith(b"\n"):
-        if deadline is not None:
-            connection.settimeout(min(MAX_WAIT, max(0.001, deadline - time.monotonic())))
+        left = HEED_SECONDS if deadline is None else deadline - time.monotonic()
+        connection.settimeout(min(HEED_SECONDS, max(0.001, left)))
         try:
             data = connection.recv(65536)
         except TimeoutError:
-            if deadline is not None and time.monotonic() < deadline:
+            if deadline is None or time.monotonic() < deadline:
                 continue
             raise SandboxTimeout from None
         except ConnectionResetError:
