@@ -47,8 +47,6 @@ KILL_SECONDS = 30.0
 """What a guest has to end a command that it is told to kill: one that cannot is of no more use."""
 PAUSE_SECONDS = 10.0
 """What a guest has to fall silent."""
-REST_SECONDS = 0.3
-"""What a guest has then, before it is saved for good: what its kernel has put off would be done by all that wake."""
 CRIPPLED_SECONDS = 1.0
 """A VM that ends takes its file servers along; if it has not ended by then, a file server went alone."""
 CANCEL_SECONDS = 0.1
@@ -228,8 +226,6 @@ class Guest:
             raise GuestError(f"the guest did not pause within {PAUSE_SECONDS:g} seconds") from None
         finally:
             self._pauses = False
-        if last:
-            time.sleep(REST_SECONDS)
         try:
             self._machine.save(to)
         finally:
