@@ -126,7 +126,7 @@ def test_network(attached: Attached | None, backend: str, how: str) -> None:
     argv = argv_of(attached, network=True)
     assert values(argv, "-netdev") == [backend]
     (card,) = (device for device in values(argv, "-device") if device.startswith("virtio-net-device"))
-    assert re.fullmatch("virtio-net-device,netdev=net,mac=52:54:00(:[0-9a-f]{2}){3}", card)
+    assert re.fullmatch("virtio-net-device,netdev=net,mac=52:54:00(:[0-9a-f]{2}){3},guest_announce=off", card)
     assert f"vmette.net={how}" in tokens(argv)
 
 

@@ -20,7 +20,7 @@ from .vmm import identity, probe
 META = "meta.json"
 CHECKED = "checked.json"
 """Says which files were read and found whole, and in which run of this computer."""
-FORMAT = 2
+FORMAT = 3
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 

@@ -245,7 +245,7 @@ static void compose(struct vz_machine *m, const struct vz_config *config) {
     if (config->network) {
         static const char *const net[] = {"-netdev", "user,ipv6=off,id=net", "-device"};
         for (size_t i = 0; i < sizeof net / sizeof *net; i++) add(m, "%s", net[i]);
-        add(m, "virtio-net-device,netdev=net%s%s", config->mac != NULL ? ",mac=" : "",
+        add(m, "virtio-net-device,netdev=net,guest_announce=off%s%s", config->mac != NULL ? ",mac=" : "",
             config->mac != NULL ? config->mac : "");
     }
     add(m, "-kernel");

@@ -414,7 +414,9 @@ def command_line(config: MachineConfig, accel: str, serve: Serve, attached: Atta
         network = "dhcp" if attached.passt is None else f"dhcp,{PASST_DNS}"
         backend = "user,ipv6=off" if attached.passt is None else f"socket,fd={attached.passt}"
         address = ":".join(f"{byte:02x}" for byte in (*QEMU_OUI, *os.urandom(3)))
-        argv += ["-netdev", f"{backend},id=net", "-device", f"virtio-net-device,netdev=net,mac={address}"]
+        # One that wakes would be told to announce the address that it had, while it takes another one, and may hang.
+        device = f"virtio-net-device,netdev=net,mac={address},guest_announce=off"
+        argv += ["-netdev", f"{backend},id=net", "-device", device]
     if attached.vsock is not None:
         cid, fd = attached.vsock
         argv += ["-device", f"vhost-vsock-device,guest-cid={cid},vhostfd={fd}"]
