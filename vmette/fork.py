@@ -27,9 +27,7 @@ def fork(sandbox: Sandbox, count: int) -> list[Sandbox]:
     if count < 1:
         raise ConfigError(f"{count} copies of a sandbox: there can be 1 and more")
     check_savable(machine.config)
-    if machine.has_secrets and vmm.name() != "qemu":
-        raise ConfigError("a sandbox with secrets is not copied here: they would be on the disk for a while")
-    with _place() as saved:
+    with _place(machine) as saved:
         try:
             sandbox._session.save(lambda guest: guest.save(saved))
         except OSError as error:
@@ -49,7 +47,7 @@ def fork(sandbox: Sandbox, count: int) -> list[Sandbox]:
 
 
 @contextmanager
-def _place() -> Iterator[Saved]:
+def _place(machine: Machine) -> Iterator[Saved]:
     """Where the sandbox is saved, until its copies are up."""
     if vmm.name() == "qemu":
         saved = SavedInMemory()
@@ -57,6 +55,8 @@ def _place() -> Iterator[Saved]:
             yield saved
         finally:
             saved.close()
+    elif machine.has_secrets:
+        raise ConfigError("a sandbox with secrets is not copied here: they would be on the disk for a while")
     else:
         from .templates import staging
 

@@ -193,6 +193,8 @@ class _Shelf:
                 if self.closed.is_set():
                     raise SandboxClosed("the pool has been closed")
                 since, sandbox = self.ready.popleft() if self.ready else (0.0, None)
+                if sandbox is not None:
+                    self._taken.add(sandbox)
                 error = self._errors.pop() if sandbox is None and self._errors else None
             self.fill()
             if error is not None:
@@ -201,8 +203,6 @@ class _Shelf:
                 assert timeout is not None
                 raise TimeoutError(f"no sandbox was ready within {timeout:g} seconds")
             if not sandbox.closed and (time.monotonic() < since + STALE_SECONDS or _answers(sandbox)):
-                with self._changed:
-                    self._taken.add(sandbox)
                 return sandbox
             self.discard(sandbox)
 

@@ -95,14 +95,17 @@ class Template:
     def give_up(self, error: Exception) -> None:
         """Removes it, and has none made for a while: no machine wakes from it."""
         self.drop()
-        with suppress(OSError):
-            write_atomically(self._failed, str(error).encode())
+        self._remember(error)
 
     # --- making it
 
     @property
     def _failed(self) -> Path:
         return self.path.with_name(f".{self.path.name}.failed")
+
+    def _remember(self, error: Exception) -> None:
+        with suppress(OSError):
+            write_atomically(self._failed, str(error).encode())
 
     def _is_worth_a_try(self) -> bool:
         """Whether it could not be made a short while ago."""
@@ -168,8 +171,7 @@ class Template:
         except BlockingIOError:
             return
         except (VmetteError, OSError) as error:
-            with suppress(OSError):
-                write_atomically(self._failed, str(error).encode())
+            self._remember(error)
             raise
         finally:
             os.close(lock)

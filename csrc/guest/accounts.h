@@ -9,9 +9,11 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+enum { MAX_HOME = 4096 }; /* with the zero at its end */
+
 struct user {
     uint32_t uid, gid;
-    char name[256], home[4096];
+    char name[256], home[MAX_HOME];
 };
 
 /* Finds a user by name, or by number where that is NULL. */

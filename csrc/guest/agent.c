@@ -106,7 +106,6 @@ struct agent {
     uint32_t accepted; /* the number of the last connection that a listener took */
     uint32_t cgroup;   /* the number of the last command's cgroup */
     struct spare spare;
-    uint32_t spare_cgroup; /* the number of its cgroup */
     unsigned turn;     /* where the round of output channels goes on, so that none is starved */
     unsigned char out[OUTPUT];
     size_t out_head, out_tail;
@@ -413,48 +412,39 @@ static void pump_stdin(struct agent *a, struct stream *s) {
 
 /* --- Commands ------------------------------------------------------------------------------------------------------- */
 
-/* A cgroup for the next child. Returns 0 or an errno. */
-static int make_cgroup(struct agent *a) {
-    a->place.cgroup = -1;
-    if (a->cgroups.parent < 0) return 0;
-    a->place.cgroup = cgroup_make(&a->cgroups, ++a->cgroup);
-    return a->place.cgroup < 0 ? errno : 0;
+/* Starts a command, or without one the spare, in a cgroup of its own. Returns 0, or an errno and at which stage it failed. */
+static int start_in_cgroup(struct agent *a, const struct command *command, struct child *child, const char **stage) {
+    struct place *place = &a->place;
+    *stage = "cgroup";
+    place->cgroup = -1;
+    child->cgroup = a->cgroup;
+    if (a->cgroups.parent >= 0) {
+        child->cgroup = ++a->cgroup;
+        place->cgroup = cgroup_make(&a->cgroups, child->cgroup);
+        if (place->cgroup < 0) return errno;
+    }
+    int error = command != NULL ? start_child(command, place, child, stage) : start_spare(place, &a->spare);
+    if (error != 0) cgroup_remove(&a->cgroups, child->cgroup);
+    close_fd(&place->cgroup);
+    return error;
 }
 
 /* Has a child ready for the next command: the machine is about to be saved. Without one, nothing is lost but time. */
 static void prepare_spare(struct agent *a) {
-    if (a->spare.orders >= 0) return;
-    if (make_cgroup(a) == 0 && start_spare(&a->place, &a->spare) == 0)
-        a->spare_cgroup = a->cgroup;
-    else if (a->place.cgroup >= 0)
-        cgroup_remove(&a->cgroups, a->cgroup);
-    close_fd(&a->place.cgroup);
+    const char *stage;
+    if (a->spare.orders < 0) start_in_cgroup(a, NULL, &a->spare.child, &stage);
 }
 
 static void drop_spare(struct agent *a) {
     if (a->spare.orders < 0) return;
     dismiss_spare(&a->spare);
-    cgroup_remove(&a->cgroups, a->spare_cgroup);
-}
-
-/* Starts what the host asks for, in a cgroup of its own. Returns 0, or an errno and at which stage it failed. */
-static int start_in_cgroup(struct agent *a, const struct command *command, struct child *child, uint32_t *cgroup,
-                           const char **stage) {
-    *stage = "cgroup";
-    int error = make_cgroup(a);
-    if (error != 0) return error;
-    *cgroup = a->cgroup;
-    error = start_child(command, &a->place, child, stage);
-    if (error != 0 && a->place.cgroup >= 0) cgroup_remove(&a->cgroups, a->cgroup);
-    close_fd(&a->place.cgroup);
-    return error;
+    cgroup_remove(&a->cgroups, a->spare.child.cgroup);
 }
 
 /* EXEC. False: it is malformed. */
 static bool start_command(struct agent *a, uint32_t id, const unsigned char *payload, size_t size) {
     struct command command;
     struct child child;
-    uint32_t cgroup = 0;
     const char *stage = "fork";
     struct stream *s = free_slot(a);
     void *block = parse_exec(payload, size, &command);
@@ -466,10 +456,9 @@ static bool start_command(struct agent *a, uint32_t id, const unsigned char *pay
     }
     if (error == 0 && a->spare.orders >= 0 && order_spare(&a->spare, &command, payload, size)) {
         child = a->spare.child;
-        cgroup = a->spare_cgroup;
     } else if (error == 0) {
         drop_spare(a); /* it would count among the command's processes, where these are limited */
-        error = start_in_cgroup(a, &command, &child, &cgroup, &stage);
+        error = start_in_cgroup(a, &command, &child, &stage);
     }
     if (error != 0) {
         answer_error(a, id, error, stage);
@@ -477,7 +466,7 @@ static bool start_command(struct agent *a, uint32_t id, const unsigned char *pay
         open_stream(s, id, COMMAND);
         s->pid = child.pid;
         s->started = child.started;
-        s->cgroup = cgroup;
+        s->cgroup = child.cgroup;
         s->builtin = command.flags & EXEC_BUILTIN;
         s->announced = command.flags & EXEC_ANNOUNCED;
         s->terminal = child.terminal;
@@ -518,9 +507,10 @@ static void finish_command(struct agent *a, struct stream *s) {
 }
 
 /* The number of a process that is not reaped is not given to another, so this never hits a stranger. */
-static void send_signal(struct agent *a, const struct stream *s, int number, unsigned flags) {
+static void send_signal(struct agent *a, struct stream *s, int number, unsigned flags) {
     if (flags & SIGNAL_ALL) {
         cgroup_kill(&a->cgroups, s->cgroup);
+        s->killed = true;
         number = SIGKILL; /* for one who has left the cgroup, as the guest's root can, or where there is none */
     }
     if (s->exited) return;
@@ -805,7 +795,6 @@ static bool take_signal(struct agent *a, uint32_t id, struct stream *s, const un
     if (s == NULL) return true;
     if (s->kind == COMMAND) {
         send_signal(a, s, payload[0], payload[1]);
-        if (payload[1] & SIGNAL_ALL) s->killed = true;
     } else if (payload[0] == SIGKILL) {
         answer_end(a, id, TAG_SIGNAL, SIGKILL);
         cut_off(s);

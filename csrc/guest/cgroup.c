@@ -27,21 +27,15 @@ void cgroups_close(struct cgroups *g) {
 }
 
 /* The guest's root may mount something over a file there: a pipe, on which one would wait for ever, or what lies. */
-static int open_path(const struct cgroups *g, const char *path, int flags) {
+static int open_file(const struct cgroups *g, const char *path, int flags) {
     const struct open_how how = {.flags = (uint64_t)(flags | O_NONBLOCK | O_CLOEXEC),
                                  .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV};
     return g->parent < 0 ? -1 : (int)syscall(SYS_openat2, g->parent, path, &how, sizeof how);
 }
 
-static int open_file(const struct cgroups *g, uint32_t id, const char *file, int flags) {
-    char path[64];
-    snprintf(path, sizeof path, "%u/%s", id, file);
-    return open_path(g, path, flags);
-}
-
 /* Reads a small file as text. */
-static bool read_file(const struct cgroups *g, uint32_t id, const char *file, char *text, size_t size) {
-    int fd = open_file(g, id, file, O_RDONLY);
+static bool read_file(const struct cgroups *g, const char *path, char *text, size_t size) {
+    int fd = open_file(g, path, O_RDONLY);
     if (fd < 0) return false;
     ssize_t n = read(fd, text, size - 1);
     close(fd);
@@ -50,32 +44,46 @@ static bool read_file(const struct cgroups *g, uint32_t id, const char *file, ch
     return true;
 }
 
+/* Writes a character to a file. */
+static bool write_file(const struct cgroups *g, const char *path, const char *value) {
+    int fd = open_file(g, path, O_WRONLY);
+    if (fd < 0) return false;
+    bool written = write(fd, value, 1) == 1;
+    close(fd);
+    return written;
+}
+
+/* A file of the cgroup of command `id`. */
+struct path {
+    char text[64];
+};
+
+static struct path path_of(uint32_t id, const char *file) {
+    struct path path;
+    snprintf(path.text, sizeof path.text, "%u/%s", id, file);
+    return path;
+}
+
 int cgroup_make(const struct cgroups *g, uint32_t id) {
     char name[16];
     snprintf(name, sizeof name, "%u", id);
     /* It is there if the number was used before and processes were left: they are the same command's to the host. */
     if (mkdirat(g->parent, name, 0755) != 0 && errno != EEXIST) return -1;
-    return open_file(g, id, ".", O_RDONLY | O_DIRECTORY);
+    return open_file(g, path_of(id, ".").text, O_RDONLY | O_DIRECTORY);
 }
 
-bool cgroup_kill(const struct cgroups *g, uint32_t id) {
-    int fd = open_file(g, id, "cgroup.kill", O_WRONLY);
-    if (fd < 0) return false;
-    bool killed = write(fd, "1", 1) == 1;
-    close(fd);
-    return killed;
-}
+bool cgroup_kill(const struct cgroups *g, uint32_t id) { return write_file(g, path_of(id, "cgroup.kill").text, "1"); }
 
 bool cgroup_peak(const struct cgroups *g, uint32_t id, uint64_t *bytes) {
     char text[32];
-    if (!read_file(g, id, "memory.peak", text, sizeof text)) return false;
+    if (!read_file(g, path_of(id, "memory.peak").text, text, sizeof text)) return false;
     *bytes = strtoull(text, NULL, 10);
     return true;
 }
 
 bool cgroup_oom_kills(const struct cgroups *g, uint32_t id, uint32_t *count) {
     char text[512], *found;
-    if (!read_file(g, id, "memory.events", text, sizeof text)) return false;
+    if (!read_file(g, path_of(id, "memory.events").text, text, sizeof text)) return false;
     if ((found = strstr(text, "oom_kill ")) == NULL) return false;
     *count = (uint32_t)strtoul(found + strlen("oom_kill "), NULL, 10);
     return true;
@@ -83,35 +91,21 @@ bool cgroup_oom_kills(const struct cgroups *g, uint32_t id, uint32_t *count) {
 
 /* --- All of them ----------------------------------------------------------------------------------------------------- */
 
-static bool write_freeze(const struct cgroups *g, const char *value) {
-    int fd = open_path(g, "cgroup.freeze", O_WRONLY);
-    if (fd < 0) return false;
-    bool written = write(fd, value, 1) == 1;
-    close(fd);
-    return written;
-}
-
 /* Whether the parent's cgroup.events say so. */
 static bool says(const struct cgroups *g, const char *line) {
     char text[256];
-    int fd = open_path(g, "cgroup.events", O_RDONLY);
-    if (fd < 0) return false;
-    ssize_t n = read(fd, text, sizeof text - 1);
-    close(fd);
-    if (n <= 0) return false;
-    text[n] = 0;
-    return strstr(text, line) != NULL;
+    return read_file(g, "cgroup.events", text, sizeof text) && strstr(text, line) != NULL;
 }
 
 void cgroups_freeze(struct cgroups *g) {
     const struct timespec step = {.tv_nsec = FREEZE_STEP_MS * 1000000};
-    if (!says(g, "populated 1") || !write_freeze(g, "1")) return;
+    if (!says(g, "populated 1") || !write_file(g, "cgroup.freeze", "1")) return;
     g->frozen = true;
     for (int left = FREEZE_STEPS; left > 0 && !says(g, "frozen 1"); left--) nanosleep(&step, NULL);
 }
 
 void cgroups_thaw(struct cgroups *g) {
-    if (g->frozen) write_freeze(g, "0");
+    if (g->frozen) write_file(g, "cgroup.freeze", "0");
     g->frozen = false;
 }
 

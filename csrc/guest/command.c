@@ -232,7 +232,7 @@ static _Noreturn void run_child(const struct command *c, int orders, const struc
         c = &ordered;
     }
     const char *home = become(c->user != NULL ? c->user : "0", terminal ? 0 : -1, failed);
-    static char home_entry[sizeof(((struct user *)0)->home) + 5], path_entry[sizeof default_path + 5], container_entry[32];
+    static char home_entry[MAX_HOME + 5], path_entry[sizeof default_path + 5], container_entry[32];
     add_variable(c->env, home_entry, sizeof home_entry, "HOME", home);
     add_variable(c->env, path_entry, sizeof path_entry, "PATH", default_path);
     /* Init systems look for this to know that the hardware is not theirs: https://systemd.io/CONTAINER_INTERFACE */

@@ -33,6 +33,7 @@ struct child {
     int stdin_fd;    /* non-blocking, as are the others; of a command with a terminal, the terminal's master */
     int out[2];      /* of a command with a terminal, the master again, and -1 */
     int terminal;    /* the terminal itself; -1: there is none */
+    uint32_t cgroup; /* the number of its cgroup, which is the agent's to set */
 };
 
 /* What a child that could not exec tells its parent. */

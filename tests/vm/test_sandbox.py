@@ -44,20 +44,25 @@ def test_commands_share_the_machine(sandbox: vmette.Sandbox) -> None:
 
 def test_users_are_found_whatever_else_their_files_say(sandbox: vmette.Sandbox) -> None:
     users = [
-        *(
-            b"",
-            b":::",
-            b"last:x:7",
-            b"last:x:no:1::/:",
-            b"last:x:1:-1::/:",
-            b"y" * 70000,
-            b"first:x:1001:1001::/first:",
-        ),
-        *(b"max:x:4294967295:1::/:", b"homeless:x:1004:1004:::", b"last:x:1002:1003:Last:/last:/bin/sh"),
+        b"",
+        b":::",
+        b"last:x:7",
+        b"last:x:no:1::/:",
+        b"last:x:1:-1::/:",
+        b"y" * 70000,
+        b"first:x:1001:1001::/first:",
+        b"max:x:4294967295:1::/:",
+        b"homeless:x:1004:1004:::",
+        b"last:x:1002:1003:Last:/last:/bin/sh",
     ]
     groups = [
-        *(b"g:x", b"no:x:no:last", b"many:x:50:%s,last" % b",".join(b"u%d" % i for i in range(3000))),
-        *(b"few:x:51:other,last,", b"almost:x:52:las,lasts", b"too-long:x:53:%slast" % (b"y," * 40000), b"e:x:54:last"),
+        b"g:x",
+        b"no:x:no:last",
+        b"many:x:50:%s,last" % b",".join(b"u%d" % i for i in range(3000)),
+        b"few:x:51:other,last,",
+        b"almost:x:52:las,lasts",
+        b"too-long:x:53:%slast" % (b"y," * 40000),
+        b"e:x:54:last",
     ]
     sandbox.files.write("/etc/passwd", b"\n".join(users))
     sandbox.files.write("/etc/group", b"\n".join(groups))
