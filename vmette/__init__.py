@@ -7,10 +7,9 @@ r"""Run untrusted code in a hardware-isolated Linux microVM.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ._version import __version__
 
+TYPE_CHECKING = False  # `typing` takes a millisecond or three
 if TYPE_CHECKING:
     from .aio import AsyncPopen, AsyncSandbox
     from .api import run

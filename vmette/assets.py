@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from . import homes
 from .errors import ConfigError, PayloadError
 
 ARCHITECTURES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
@@ -39,52 +40,33 @@ def canonical_arch(name: str) -> str:
 
 
 def cache_root() -> Path:
-    """$VMETTE_CACHE_DIR, or `vmette` in the user's cache directory (of macOS: ~/Library/Caches). Not made here.
+    """See :func:`vmette.homes.cache`. Not made here.
 
     Raises:
         ConfigError: this user has no home directory.
     """
-    return _root("VMETTE_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "Library/Caches")
+    return _there(homes.cache(), "VMETTE_CACHE_DIR")
 
 
 def state_root() -> Path:
-    """$VMETTE_STATE_DIR, or `vmette` in the user's directory for state (of macOS: ~/Library/Application Support).
-
-    Not made here.
+    """See :func:`vmette.homes.state`. Not made here.
 
     Raises:
         ConfigError: this user has no home directory.
     """
-    return _root("VMETTE_STATE_DIR", "XDG_STATE_HOME", ".local/state", "Library/Application Support")
+    return _there(homes.state(), "VMETTE_STATE_DIR")
 
 
 def config_root() -> Path | None:
-    """`vmette` in the user's directory for configuration (of macOS: ~/Library/Application Support).
-
-    None for a user who has no home.
-    """
-    return _users("XDG_CONFIG_HOME", ".config", "Library/Application Support")
+    """See :func:`vmette.homes.config`. None for a user who has no home."""
+    root = homes.config()
+    return None if root is None else Path(root)
 
 
-def _root(ours: str, variable: str, xdg: str, apple: str) -> Path:
-    """What our own variable says, or else :func:`_users`."""
-    if explicit := os.environ.get(ours):
-        return Path(explicit)
-    found = _users(variable, xdg, apple)
-    if found is None:
-        raise ConfigError(f"this user has no home directory; set {ours}")
-    return found
-
-
-def _users(variable: str, xdg: str, apple: str) -> Path | None:
-    """`vmette` in one of the directories of the XDG specification, which has a relative one ignored, or in Apple's."""
-    explicit = Path(os.environ.get(variable, ""))
-    if explicit.is_absolute():
-        return explicit / "vmette"
-    try:
-        return Path.home() / (apple if sys.platform == "darwin" else xdg) / "vmette"
-    except RuntimeError:
-        return None
+def _there(root: str | None, variable: str) -> Path:
+    if root is None:
+        raise ConfigError(f"this user has no home directory; set {variable}")
+    return Path(root)
 
 
 def _payload(arch: str, name: str) -> Path:

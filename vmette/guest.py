@@ -167,6 +167,8 @@ class Guest:
         self._console = Console(debug)
         self._vmm_said = Console()
         self._connection = Connection(machine.resume)
+        if machine.greeted:
+            self._connection.outgoing.clear()
         self._streams: dict[int, Stream] = {}
         self._listeners: dict[int, Listener] = {}
         self._pauses = self._paused = False

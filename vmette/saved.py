@@ -21,7 +21,6 @@ META = "meta.json"
 CHECKED = "checked.json"
 """Says which files were read and found whole, and in which run of this computer."""
 FORMAT = 3
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def facts(config: MachineConfig) -> dict[str, str]:
@@ -143,8 +142,7 @@ def _state(saved: Saved) -> dict[str, Any]:
     for path in saved.parts:
         status = path.stat()
         files[path.name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    boot = BOOT_ID.read_text() if BOOT_ID.exists() else ""
-    return {"files": files, "boot": boot}
+    return {"files": files, "boot": probe.boot_id()}
 
 
 def _remember(saved: Saved) -> None:

@@ -132,7 +132,7 @@ def test_the_metadata(one: Wheel) -> None:
     ):
         assert f"\n{line}\n" in text
     assert one.members[f"{one.metadata}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
-    assert b"vmette = vmette.cli:main\n" in one.members[f"{one.metadata}/entry_points.txt"]
+    assert b"vmette = vmette.__main__:main\n" in one.members[f"{one.metadata}/entry_points.txt"]
 
 
 # --- What is in it

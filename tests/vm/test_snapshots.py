@@ -295,7 +295,7 @@ def test_what_is_on_the_disk_is_read_again_after_a_restart(own: Path, monkeypatc
     (own / "checked.json").write_text(json.dumps(known))
     boot = own / "boot_id"
     boot.write_text("another")
-    monkeypatch.setattr("vmette.saved.BOOT_ID", boot)
+    monkeypatch.setattr("vmette.vmm.probe.BOOT_ID", boot)
     with pytest.raises(vmette.VmmError, match=f"it is damaged: {part.name} is not as it was"):
         output("warm", "true")
 

@@ -91,8 +91,6 @@ def group() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code. Errors are one line on stderr."""
-    # Nearly all that a command makes lives as long as the command: to look for garbage is a waste, as a rule.
-    gc.set_threshold(50_000)
     _open_standard_streams()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish is kept

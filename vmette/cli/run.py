@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from .. import headstart
 from ..config import ACCELERATORS, Command, Disk, Share
 from ..errors import ConfigError, SandboxTimeout, TimeoutExpired, reason
 from ..machine import SNAPSHOT, Machine, MachineOptions, execute, prepare
@@ -249,6 +250,8 @@ def command(
         rootfs = arguments.pop(0)
     if rootfs is None:
         raise click.UsageError("there is no root filesystem: give ROOTFS, for instance builtin://base")
+    if headstart.current is not None:
+        headstart.current.end_of_options(arguments)
     if arguments[:1] == ["--"]:
         del arguments[0]
     if shell_line is not None:

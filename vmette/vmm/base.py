@@ -66,6 +66,8 @@ class VirtualMachine(ABC):
     """A descriptor to read what the VMM says on stderr; -1 once it is closed."""
     resume: Resume | None = None
     """What the guest is to be told if it does not boot, but wakes."""
+    greeted = False
+    """It has been told already, in HELLO."""
     vsock: VsockDevice | None = None
     """None where there is no such device: then the guest's agent stands in."""
 

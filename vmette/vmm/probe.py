@@ -17,6 +17,13 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_id() -> str:
+    """What changes when this computer starts; empty where there is no telling."""
+    return BOOT_ID.read_text() if BOOT_ID.exists() else ""
+
 
 def identity(path: Path) -> str:
     """What changes when the file at `path` does."""

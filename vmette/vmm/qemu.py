@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import assets
+from .. import assets, headstart
 from ..config import ROOT_TAG, MachineConfig, Saved, Share
 from ..errors import ConfigError, ProtocolError, VmmError
 from ..files import copy_with_holes
+from ..headstart import CONSOLE_FD, CONTROL_FD, ENVIRONMENT
 from ..providers.base import BlockImage, Directory
 from . import probe
 from .base import VirtualMachine
@@ -38,8 +39,7 @@ alone."""
 QEMU_OUI = (0x52, 0x54, 0x00)
 """How the addresses of QEMU's network cards begin (docs/system/devices/net.rst); each of ours goes on as it likes."""
 
-# Descriptors of the QEMU process.
-CONTROL_FD, CONSOLE_FD, FIRST_FREE_FD = 3, 4, 5
+FIRST_FREE_FD = CONSOLE_FD + 1
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -183,11 +183,11 @@ class QemuMachine(VirtualMachine):
         with ExitStack() as undo, ExitStack() as theirs:
             undo.callback(self._end_helpers)
             self.control, control = socket.socketpair()
-            undo.callback(self.control.close)
+            undo.callback(lambda: self.control.close())
             self.console, console = socket.socketpair()
-            undo.callback(self.console.close)
+            undo.callback(lambda: self.console.close())
             self.errors, errors = os.pipe()
-            undo.callback(os.close, self.errors)
+            undo.callback(lambda: os.close(self.errors))
             theirs.callback(os.close, errors)
             null = os.open(os.devnull, os.O_RDONLY)
             theirs.callback(os.close, null)
@@ -197,23 +197,54 @@ class QemuMachine(VirtualMachine):
             attached = self._attach(theirs, other)
             argv = command_line(config, accel, partial(self._serve, errors=errors), attached)
             logger.debug("%s", argv)
-            self.child: Child = spawn(argv, self._fds, {"PATH": "/usr/bin:/bin"})
+            if attached.incoming is not None:
+                assert self._monitor is not None
+                self._monitor.receive(attached.incoming, memory=other is not None)
+            started = self._take_head_start(argv, attached)
+            self.child: Child = spawn(argv, self._fds, ENVIRONMENT) if started is None else Child(started)
             undo.callback(self.child.kill)
             for daemon in self._daemons:
                 daemon.connection.close()
             theirs.close()  # or a QEMU that has ended would be waited for
-            if attached.incoming is not None:
-                assert self._monitor is not None
-                self._monitor.receive(attached.incoming, memory=other is not None)
-            if config.saved is not None:
+            if config.saved is not None and self.resume is None:
                 self._wake()
             undo.pop_all()
 
-    def _wake(self) -> None:
-        from ..protocol import Resume
+    def _take_head_start(self, argv: Sequence[str], attached: Attached) -> int | None:
+        """A QEMU that runs already, just like this one: see :mod:`vmette.headstart`."""
+        head, saved = headstart.current, self.config.saved
+        fixed = attached == Attached(monitor=attached.monitor, memory=attached.memory, incoming=attached.incoming)
+        if head is None or not fixed or self._daemons or self.config.savable or self.config.network:
+            return None
+        start = headstart.Start(argv)
+        if saved is not None:
+            assert attached.monitor is not None and attached.memory is not None and attached.incoming is not None
+            with socket.fromfd(self._fds[attached.monitor], socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
+                orders = monitor.recv(65536, socket.MSG_PEEK)
+            files = {attached.memory: str(saved.path("ram")), attached.incoming: str(saved.path("state"))}
+            start = headstart.Start(argv, attached.monitor, orders, files, self._wake())
+        if (started := head.take(start, self._fds)) is None:
+            return None
+        logger.debug("a head start: it runs already")
+        self.greeted = bool(start.hello)
+        for end in (self.control, self.console):
+            end.close()
+        os.close(self.errors)
+        self.control, self.console = (socket.socket(fileno=started.ends[fd]) for fd in (CONTROL_FD, CONSOLE_FD))
+        self.errors = started.errors
+        if self._monitor is not None:
+            self._monitor.move_to(socket.socket(fileno=started.ends[start.monitor]))
+        for fd in started.files.values():
+            os.close(fd)
+        return started.pid
+
+    def _wake(self) -> bytes:
+        """Finds out what the guest is to be told, which it returns too, as it will be said."""
+        from ..protocol import Connection, Resume
 
         shares = share_tokens([(share, "9p") for share in placed(self.config)])
         self.resume = Resume.now(self.config.hostname, shares)
+        return bytes(Connection(self.resume).outgoing)
 
     def settle(self) -> None:
         """See :meth:`VirtualMachine.settle`."""

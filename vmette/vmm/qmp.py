@@ -30,6 +30,12 @@ class Monitor:
         """Commands whose answers nobody has looked at."""
         self.ask("qmp_capabilities")
 
+    def move_to(self, connection: socket.socket) -> None:
+        """Goes on with a QEMU that has been asked the same by somebody else."""
+        self._connection.close()
+        self._connection = connection
+        self._connection.settimeout(ANSWER_SECONDS)
+
     def ask(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> None:
         """Has QEMU execute `command`, in its turn; `fd` goes along with it."""
         words = {"execute": command, **({} if arguments is None else {"arguments": arguments})}

@@ -7,8 +7,10 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+from .. import native
 from ..errors import VmmError
 
 
@@ -54,19 +56,10 @@ def spawn(argv: Sequence[str], fds: Mapping[int, int], env: Mapping[str, str]) -
     Raises:
         VmmError: it cannot be started.
     """
-    from .._native import ffi, lib
-
     if any("\0" in text for text in (*argv, *env, *env.values())):  # C would take what is before it for the whole
         raise VmmError(f"cannot start {argv[0]!r}: NUL in an argument or the environment")
-    strings = [ffi.new("char[]", os.fsencode(arg)) for arg in argv]
-    entries = [ffi.new("char[]", os.fsencode(f"{name}={value}")) for name, value in env.items()]
-    arguments = ffi.new("char *[]", [*strings, ffi.NULL])
-    environment = ffi.new("char *[]", [*entries, ffi.NULL])
-    sources, targets = list(fds.values()), list(fds.keys())
     # The kernel ends a child when the *thread* that started it ends, so it must be one that lasts.
-    pid = _in_lasting_thread(
-        lambda: lib.vmette_spawn(os.fsencode(argv[0]), arguments, environment, sources, targets, len(sources))
-    )
+    pid = _in_lasting_thread(partial(native.spawn, argv, fds, env))
     if pid < 0:
         raise VmmError(f"cannot start {argv[0]}: {os.strerror(-pid)}")
     return Child(pid)

@@ -1,0 +1,238 @@
+"""What runs before it is known whether it is wanted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.test_startup import modules_after
+from vmette import headstart
+from vmette.headstart import HeadStart, Start, Started
+from vmette.protocol import Connection, Resume, Tag, decode_record
+
+SLEEP = ["/bin/sleep", "1000"]
+WORDS = ["run", "--quiet", "builtin://base", "true"]
+
+
+@pytest.fixture(autouse=True)
+def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the notes are. After the test, nothing is left but them."""
+    monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path / "cache"))
+    fds = sorted(Path("/proc/self/fd").iterdir())
+    yield tmp_path / "cache/starts"
+    assert sorted(Path("/proc/self/fd").iterdir()) == fds
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def noted(words: list[str], start: Start, command: int = 1) -> None:
+    """A run with `words`, of which the last are its command, has begun with this."""
+    head = HeadStart(words)
+    head.end_of_options(words[len(words) - command :])
+    assert head.take(start, {}) is None
+    head.end()
+
+
+def release(started: Started | None) -> None:
+    assert started is not None
+    started.kill()
+
+
+def test_it_is_repeated_for_the_same_words_before_a_command(starts: Path) -> None:
+    start = Start(SLEEP)
+    noted(WORDS, start)
+    assert [path.stat().st_mode & 0o7777 for path in starts.iterdir()] == [0o600]
+    head = HeadStart([*WORDS[:-1], "--", "sh", "-c", "echo"])
+    started = head.take(start, {})
+    assert started is not None
+    assert Path(f"/proc/{started.pid}/cmdline").read_bytes() == b"/bin/sleep\x001000\0"
+    head.end()
+    assert started.pid == int(Path(f"/proc/{started.pid}/stat").read_text().split()[0])  # ours now: it goes on
+    release(started)
+    assert len(list(starts.iterdir())) == 1
+
+
+@pytest.mark.parametrize("words", [["run"], ["run", "--quiet"], ["run", "builtin://base", "true"], ["ps", *WORDS[1:]]])
+def test_other_words_start_nothing(words: list[str], starts: Path) -> None:
+    noted(WORDS, Start(SLEEP))
+    head = HeadStart(words)
+    assert head.take(Start(SLEEP), {}) is None
+    assert len(list(starts.iterdir())) == 1
+
+
+def test_what_is_not_wanted_ends(starts: Path) -> None:
+    noted(WORDS, Start(SLEEP))
+    (before,) = [path.read_bytes() for path in starts.iterdir()]
+    head = HeadStart(WORDS)
+    assert head.take(Start(["/bin/sleep", "1001"]), {}) is None
+    head.end_of_options(["true"])
+    head.end()  # the fixture looks for it
+    (after,) = [path.read_bytes() for path in starts.iterdir()]
+    assert (before.count(b"1000"), after.count(b"1001")) == (1, 1)
+    HeadStart(WORDS).end()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Start(SLEEP, monitor=5, orders=b"one\n"),
+        Start(SLEEP, monitor=5, orders=b"two\n", hello=b"h" * 12),
+        Start(SLEEP, monitor=6, orders=b"two\n"),
+        Start(SLEEP),
+    ],
+)
+def test_all_that_it_is_told_has_to_be_the_same(other: Start) -> None:
+    noted(WORDS, Start(SLEEP, monitor=5, orders=b"two\n"))
+    head = HeadStart(WORDS)
+    assert head.take(other, {}) is None
+    head.end()
+
+
+def test_files_have_to_be_the_same(tmp_path: Path) -> None:
+    ram = tmp_path / "ram"
+    ram.write_bytes(b"one")
+    start = Start(SLEEP, files={6: str(ram)})
+    noted(WORDS, start)
+    with ram.open() as same:
+        head = HeadStart(WORDS)
+        started = head.take(start, {6: same.fileno()})
+        assert started is not None
+        assert Path(f"/proc/{started.pid}/fd/6").read_bytes() == b"one"
+        release(started)
+        head = HeadStart(WORDS)
+        ram.rename(tmp_path / "old")
+        ram.write_bytes(b"two")
+        with ram.open() as other:
+            assert head.take(start, {6: other.fileno()}) is None
+        head.end()
+    ram.unlink()
+    head = HeadStart(WORDS)
+    assert head.take(start, {}) is None
+    ram.symlink_to("old")
+    assert HeadStart(WORDS).take(start, {}) is None
+
+
+ECHO = [sys.executable, "-SIc", "import os; os.write(2, os.read(5, 99)); os.write(1, os.read(3, 999)); os.read(4, 1)"]
+"""Says on its stderr and stdout what it is told."""
+
+
+def said(start: Start) -> bytes:
+    """What a QEMU would hear."""
+    started = HeadStart(WORDS).take(start, {})
+    assert started is not None
+    assert sorted(started.ends) == [3, 4, 5]
+    heard = os.read(started.errors, 5) + os.read(started.errors, 2000)
+    release(started)
+    return heard
+
+
+def test_what_it_is_told() -> None:
+    hello = bytes(Connection(Resume(b"s" * 64, 1, "name", ("9p:share0:rw:/x",))).outgoing)
+    start = Start(ECHO, monitor=5, orders=b"order", hello=hello)
+    assert b"s" * 8 not in start.encode()
+    noted(WORDS, start)
+    told = [said(Start(ECHO, monitor=5, orders=b"order", hello=hello)) for _ in range(2)]
+    assert [words[:5] for words in told] == [b"order", b"order"]
+    fields = [dict(decode_record(words[5 + 12 :])) for words in told]
+    assert fields[0][Tag.HOSTNAME] == b"name"
+    assert fields[0][Tag.SHARE] == b"9p:share0:rw:/x"
+    seeds = [each[Tag.SEED] for each in fields]
+    assert seeds[0] != seeds[1]
+    assert [len(seed) for seed in seeds] == [64, 64]
+    clocks = [int.from_bytes(each[Tag.CLOCK], "little") for each in fields]
+    assert clocks[0] < clocks[1]
+    assert abs(clocks[1] - time.time_ns()) < 60e9
+
+
+NOTES = [b"", b"\0", b"1\0x", b"2" + Start(SLEEP).encode()[1:], b"\xff" * 100, b"1\x000\0\0\x009"]
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_a_note_that_is_none(note: bytes, starts: Path) -> None:
+    noted(WORDS, Start(SLEEP))
+    (path,) = starts.iterdir()
+    path.write_bytes(note)
+    head = HeadStart(WORDS)
+    assert head.take(Start(SLEEP), {}) is None
+    head.end()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o620, 0o602, 0o4600])
+def test_a_note_that_others_could_write_or_read(mode: int, starts: Path) -> None:
+    noted(WORDS, Start(SLEEP))
+    (path,) = starts.iterdir()
+    path.chmod(mode)
+    assert HeadStart(WORDS).take(Start(SLEEP), {}) is None
+
+
+def test_a_note_of_another_user(starts: Path) -> None:
+    noted(WORDS, Start(SLEEP))
+    (path,) = starts.iterdir()
+    os.chown(path, 1234, -1)
+    assert HeadStart(WORDS).take(Start(SLEEP), {}) is None
+
+
+def test_a_link_or_a_fifo_is_no_note(starts: Path) -> None:
+    noted(WORDS, Start(SLEEP))
+    (path,) = starts.iterdir()
+    path.rename(path.parent / "elsewhere")
+    path.symlink_to("elsewhere")
+    assert HeadStart(WORDS).take(Start(SLEEP), {}) is None
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    assert HeadStart(WORDS).take(Start(SLEEP), {}) is None
+
+
+def test_a_program_that_is_gone(tmp_path: Path) -> None:
+    noted(WORDS, Start([str(tmp_path / "gone")]))
+    head = HeadStart(WORDS)
+    assert head.take(Start([str(tmp_path / "gone")]), {}) is None
+    head.end()
+
+
+def test_no_more_notes_than_there_may_be(starts: Path) -> None:
+    for number in range(headstart.MAX_NOTES + 5):
+        noted(["run", f"spec{number}", "true"], Start(SLEEP))
+        os.utime(starts, (number, number))
+    assert len(list(starts.iterdir())) == headstart.MAX_NOTES
+    release(HeadStart(["run", f"spec{number}", "true"]).take(Start(SLEEP), {}))
+
+
+def test_many_words(starts: Path) -> None:
+    words = ["run", *["-e", "A=B"] * headstart.MAX_WORDS, "spec", "true"]
+    noted(words, Start(SLEEP))
+    assert not starts.exists()
+
+
+def test_a_cache_that_cannot_be_written(starts: Path) -> None:
+    starts.parent.mkdir()
+    starts.write_bytes(b"a file")
+    noted(WORDS, Start(SLEEP))
+    assert HeadStart(WORDS).take(Start(SLEEP), {}) is None
+
+
+def test_nothing_stands_before_it() -> None:
+    imported = modules_after("import vmette.headstart")
+    assert {name for name in imported if not name.startswith("vmette")} <= {"_socket", "zlib", "__future__"}
+
+
+def test_it_ends_with_its_parent() -> None:
+    noted(WORDS, Start(SLEEP))
+    code = (
+        f"import vmette.headstart as h, os; h.begin({WORDS}); print(h.current._started.pid, flush=True); os.read(0, 1)"
+    )
+    with subprocess.Popen([sys.executable, "-uc", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        parent.kill()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)

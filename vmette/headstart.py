@@ -1,0 +1,254 @@
+"""A machine that starts while Python still reads what it takes to know whether it is the one that is wanted.
+
+That reading is a third of a run that wakes from a template, and a processor idles meanwhile. So `vmette run` notes how
+it has started QEMU, and the next one that has the same words before its command starts the same at once. That is all
+that it decides: when the time has come to start QEMU, with everything checked as ever, what runs already is taken if
+it was started in exactly that way, and ended otherwise. The guest has been told no more by then than who it is, and
+begins nothing by itself.
+
+Nothing is imported here that Python has not read for itself: this module is what stands before the start.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import sys
+import time
+import zlib
+
+TYPE_CHECKING = False  # `typing` is one of the modules that are not read yet
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+FORMAT = "1"
+MAX_NOTES = 64
+"""More are not kept: those that were written last are."""
+MAX_NOTE = 1 << 16
+"""Bytes."""
+MAX_WORDS = 64
+"""Before a command. With more of them there is no head start."""
+
+# Descriptors of the QEMU process that every machine has.
+CONTROL_FD, CONSOLE_FD = 3, 4
+ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
+
+
+# Of docs/protocol.md.
+HEADER, FIELD = 12, 8
+SEED, CLOCK = 23, 24
+SEED_BYTES = 64
+
+
+def _filled(hello: bytes, seed: bytes, clock: int) -> bytes:
+    """A HELLO with these for its SEED and CLOCK, if it has any: no two machines are told the same."""
+    at, frame = HEADER, bytearray(hello)
+    while at < len(frame):
+        tag, size = int.from_bytes(frame[at : at + 2], "little"), int.from_bytes(frame[at + 4 : at + FIELD], "little")
+        at += FIELD
+        if tag in {SEED, CLOCK}:
+            frame[at : at + size] = seed if tag == SEED else clock.to_bytes(8, "little")
+        at += size
+    return bytes(frame)
+
+
+class Start:
+    """How a QEMU is started.
+
+    Args:
+        argv: Its arguments, the path of the program first.
+        monitor: Its descriptor that is a monitor; 0 if it has none.
+        orders: What its monitor is told at once.
+        files: Its descriptors that are files for reading, with their paths.
+        hello: What its guest is told at once: nothing, or HELLO (docs/protocol.md).
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        monitor: int = 0,
+        orders: bytes = b"",
+        files: Mapping[int, str] | None = None,
+        hello: bytes = b"",
+    ) -> None:
+        self.argv = list(argv)
+        self.monitor = monitor
+        self.orders = orders
+        self.files = dict(files or {})
+        self.hello = _filled(hello, bytes(SEED_BYTES), 0)
+
+    def encode(self) -> bytes:
+        """For a note."""
+        files = [text for number, path in self.files.items() for text in (str(number), path)]
+        words = [FORMAT, str(self.monitor), self.orders.hex(), self.hello.hex(), str(len(self.files)), *files]
+        return b"\0".join(map(os.fsencode, [*words, *self.argv]))
+
+    @classmethod
+    def decode(cls, note: bytes) -> Start:
+        """Of what :meth:`encode` has made.
+
+        Raises:
+            ValueError, IndexError: it is something else.
+        """
+        version, monitor, orders, hello, count, *rest = map(os.fsdecode, note.split(b"\0"))
+        if version != FORMAT:
+            raise ValueError
+        files = {int(rest[2 * i]): rest[2 * i + 1] for i in range(int(count))}
+        return cls(rest[2 * len(files) :], int(monitor), bytes.fromhex(orders), files, bytes.fromhex(hello))
+
+
+class Started:
+    """A QEMU that runs, and this side's ends of what it is connected to, each a descriptor."""
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.files: dict[int, int] = {}
+        self.ends: dict[int, int] = {}
+        self.errors = -1
+        theirs: dict[int, int] = {}
+        try:
+            for number, path in start.files.items():
+                self.files[number] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            for number in {CONTROL_FD, CONSOLE_FD, start.monitor} - {0}:
+                ours, connection = _socket.socketpair()
+                self.ends[number], theirs[number] = ours.detach(), connection.detach()
+            self.errors, errors = os.pipe()
+            theirs[1] = theirs[2] = errors
+            theirs[0] = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            if start.monitor:
+                os.write(self.ends[start.monitor], start.orders)
+            if start.hello:
+                os.write(self.ends[CONTROL_FD], _filled(start.hello, os.urandom(SEED_BYTES), time.time_ns()))
+            from .native import spawn
+
+            self.pid = spawn(start.argv, {**theirs, **self.files}, ENVIRONMENT)
+            if self.pid < 0:
+                raise OSError(-self.pid, os.strerror(-self.pid))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for fd in set(theirs.values()):
+                os.close(fd)
+
+    def is_as(self, start: Start, fds: Mapping[int, int]) -> bool:
+        """Whether `start`, with `fds` for its files, would start the very same."""
+        return self.start.encode() == start.encode() and all(
+            os.path.samestat(os.fstat(fd), os.fstat(fds[number])) for number, fd in self.files.items()
+        )
+
+    def close(self) -> None:
+        """Closes this side's ends."""
+        for fd in {*self.files.values(), *self.ends.values(), self.errors} - {-1}:
+            os.close(fd)
+
+    def kill(self) -> None:
+        """Ends it."""
+        os.kill(self.pid, 9)
+        os.waitpid(self.pid, 0)
+        self.close()
+
+
+class HeadStart:
+    """The head start of one run of the program.
+
+    Args:
+        words: Its arguments.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+        self._before = 0
+        """How many of them come before the command."""
+        self._read = b""
+        self._noted = b""
+        self._started: Started | None = None
+        if len(words) > MAX_WORDS:
+            return
+        for count in range(len(words), 1, -1):
+            try:
+                self._read = _read(_path(words[:count]))
+                self._started = Started(Start.decode(self._read))
+            except (OSError, ValueError, IndexError):
+                continue
+            return
+
+    def end_of_options(self, command: Sequence[str]) -> None:
+        """The `command` is what its arguments end with."""
+        self._before = len(self._words) - len(command)
+
+    def take(self, start: Start, fds: Mapping[int, int]) -> Started | None:
+        """What runs already as `start` says, with `fds` for its files: the caller's from now on. None if nothing does.
+
+        The next run begins like that, too.
+        """
+        self._noted = start.encode()
+        started = self._started
+        if started is None or not started.is_as(start, fds):
+            return None
+        self._started = None
+        return started
+
+    def end(self) -> None:
+        """Ends what nobody has taken, and notes what was wanted."""
+        started, self._started = self._started, None
+        if started is not None:
+            started.kill()
+        if self._before and self._noted and self._noted != self._read and self._before <= MAX_WORDS:
+            _write(_path(self._words[: self._before]), self._noted)
+
+
+current: HeadStart | None = None
+"""That of this process, if it is one."""
+
+
+def begin(words: Sequence[str]) -> None:
+    """Begins it, for a program that was called with `words`."""
+    global current
+    if words[:1] == ["run"] and sys.platform == "linux":
+        current = HeadStart(words)
+
+
+def end() -> None:
+    """Ends it."""
+    if current is not None:
+        current.end()
+
+
+def _path(words: Sequence[str]) -> str:
+    """Of the note for words before a command: it does not tell these, and has to differ as a rule only."""
+    from .homes import cache
+
+    text = b"\0".join(map(os.fsencode, words))
+    return os.path.join(cache() or os.devnull, "starts", f"{zlib.crc32(text):08x}{zlib.adler32(text):08x}")
+
+
+def _read(path: str) -> bytes:
+    """A note of this user's, which nobody else can have written.
+
+    Raises:
+        OSError: there is none.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o7777 != 0o600:
+            raise PermissionError
+        return os.read(fd, MAX_NOTE)
+    finally:
+        os.close(fd)
+
+
+def _write(path: str, note: bytes) -> None:
+    """Writes a note, if it can be written."""
+    from contextlib import suppress
+    from pathlib import Path
+
+    from .files import write_atomically
+
+    with suppress(OSError):
+        if len(note) < MAX_NOTE:
+            write_atomically(Path(path), note)
+        notes = [(note.stat().st_mtime, note) for note in Path(path).parent.iterdir()]
+        for _, old in sorted(notes)[:-MAX_NOTES]:
+            old.unlink()
