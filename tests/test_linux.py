@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from vmette.linux import ERRNO, strerror
+from vmette.linux import ERRNO, errno_of, strerror
 
 SAME = {"ENOTSUP": "EOPNOTSUPP", "EDEADLOCK": "EDEADLK"}
 
@@ -27,3 +27,21 @@ def test_elsewhere_the_name_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert strerror(2) == "text 2"
     assert strerror(40) == "text 62"
     assert strerror(133) == "error 133 of Linux"
+
+
+def test_the_hosts_errors_get_linuxs_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [errno_of(number) for number in (errno.EPERM, errno.ESTALE, None)] == [1, 116, 5]
+    monkeypatch.setattr("sys.platform", "darwin")
+    macos = {
+        2: "ENOENT",
+        11: "EDEADLK",
+        34: "ERANGE",
+        35: "EAGAIN",
+        45: "ENOTSUP",
+        62: "ELOOP",
+        70: "ESTALE",
+        93: "ENOATTR",
+    }
+    monkeypatch.setattr("errno.errorcode", macos | {79: "EFTYPE"})
+    monkeypatch.setattr("errno.EDEADLK", 11)
+    assert [errno_of(number) for number in (*macos, 79, 999)] == [2, 35, 34, 11, 95, 40, 116, 61, 5, 5]

@@ -19,6 +19,19 @@ ERRNO = {
 # fmt: on
 """errno(3), as far as macOS has these too and by another number: include/uapi/asm-generic/errno.h."""
 
+_NUMBERS = {name: number for number, name in ERRNO.items()} | {"ENOTSUP": 95, "ENOATTR": 61}
+"""The other way round. The two more are macOS's."""
+
+
+def errno_of(local: int | None) -> int:
+    """Linux's number of an error of this host's; EIO for one that Linux does not have."""
+    if local is None:
+        return errno.EIO
+    if sys.platform != "linux":
+        same = local <= 34 and local != errno.EDEADLK
+        return _NUMBERS.get(errno.errorcode.get(local, ""), local if same else errno.EIO)
+    return local
+
 
 def strerror(number: int) -> str:
     """What an error of the guest's is called."""
