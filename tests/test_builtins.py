@@ -7,6 +7,7 @@ import errno
 import functools
 import io
 import os
+import select
 import shutil
 import socket
 import stat
@@ -16,6 +17,7 @@ import tarfile
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from vmette.fuse import DirectoryServer
 from vmette.images import archive
 from vmette.protocol import Tag, decode_error, decode_record
 
 ROOT = Path(__file__).parent.parent
-GUEST = ("builtins", "function", "beneath", "provision", "tar", "untar", "wire")
+GUEST = ("builtins", "function", "beneath", "provision", "share", "tar", "untar", "wire")
 SOURCES = ("tests/builtins_host.c", *(f"csrc/guest/{name}.c" for name in GUEST))
 COMPILE = ("cc", "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-Icsrc/guest", "-Wl,--wrap=syscall")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -117,6 +120,8 @@ def bad(*args: str | bytes | Path, data: bytes = b"") -> tuple[int, str]:
         ("ca-certs", "now"),
         ("clock", "yesterday"),
         ("clock", "-1"),
+        ("share",),
+        ("share", "/work", "rw"),
     ],
     ids=" ".join,
 )
@@ -972,3 +977,88 @@ def test_a_bundle_that_is_a_trap_is_left_alone(tmp_path: Path) -> None:
 def test_what_holds_no_certificates_is_refused(tmp_path: Path, data: bytes, code: int) -> None:
     assert decode_error(0, in_root(tmp_path, "ca-certs", data=data).stderr).errno == code
     assert names(tmp_path) == []
+
+
+# --- Shares
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Path:
+    """A root directory with the device."""
+    (tmp_path / "root/dev").mkdir(parents=True)
+    os.mknod(tmp_path / "root/dev/fuse", stat.S_IFCHR | 0o600, os.makedev(10, 229))
+    return tmp_path / "root"
+
+
+def share(root: Path, *args: str) -> subprocess.Popen[bytes]:
+    command = [str(build()), "--root", str(root), "share", *args]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=ENVIRONMENT
+    )
+
+
+@as_root
+def test_a_share_is_served_over_stdin_and_stdout(guest: Path, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_bytes(b"data")
+    server = DirectoryServer(tmp_path / "tree", read_only=False)
+    with share(guest, "/a/b") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        (reply,) = server.receive(process.stdout.read(65536))  # INIT
+        for byte in reply:  # in pieces
+            process.stdin.write(bytes((byte,)))
+        # What is mounted in the process's own namespace is reached through it.
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(Path(f"/proc/{process.pid}/root/a/b/file").read_bytes)
+            while not reading.done():
+                if select.select([process.stdout], [], [], 0.01)[0]:
+                    for reply in server.receive(process.stdout.read(65536)):
+                        process.stdin.write(reply)
+        assert reading.result() == b"data"
+        process.stdin.close()
+        process.stdout.read()
+        assert process.wait(60) == 0
+    server.close()
+    assert list((guest / "a/b").iterdir()) == []
+
+
+@as_root
+@pytest.mark.parametrize("length", [0, 15, 262_145, 0xFFFFFFFF])
+def test_answers_that_are_none(length: int, guest: Path) -> None:
+    with share(guest, "/work", "ro") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.read(65536)
+        process.stdin.write(struct.pack("<I", length) + bytes(100))
+        assert process.wait(60) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+@as_root
+def test_answers_that_nobody_waits_for(guest: Path) -> None:
+    with share(guest, "/work") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.read(65536)
+        process.stdin.write(
+            struct.pack("<IiQ", 16, 0, 99) * 1000 + struct.pack("<IiQ", 200_000, 0, 98) + bytes(199_984)
+        )
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+@as_root
+def test_where_a_share_cannot_be(guest: Path) -> None:
+    (guest / "file").write_bytes(b"")
+    assert bad("--root", guest, "share", "work")[1] == "share: work: it is no absolute path"
+    assert bad("--root", guest, "share", "/file/below") == (errno.ENOTDIR, "share: /file/below: Not a directory")
+    assert bad("--root", guest, "share", "/" + "x/" * 3000)[0] == errno.ENAMETOOLONG
+    (guest / "loop").symlink_to("loop")
+    assert bad("--root", guest, "share", "/loop")[0] == errno.ELOOP
+    (guest / "dev/fuse").unlink()
+    os.mkfifo(guest / "dev/fuse")
+    assert bad("--root", guest, "share", "/work") == (errno.ENODEV, "share: /dev/fuse: No such device")
+    (guest / "dev/fuse").unlink()
+    assert bad("--root", guest, "share", "/work")[0] == errno.ENOENT

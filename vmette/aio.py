@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from .aio_files import AsyncFiles
     from .protocol import Usage
+    from .sharing import SharedDirectory
     from .snapshots import Snapshot
     from .timings import Timing
     from .vsock import Vsock
@@ -459,6 +460,14 @@ class AsyncSandbox:
 
         sandbox = self._started
         return AsyncFiles(lambda command: Popen(sandbox, sandbox._session, command, PIPE, PIPE, PIPE))
+
+    async def share(self, path: str | os.PathLike[str], target: str, *, read_only: bool = False) -> SharedDirectory:
+        """Shares a directory of this host with the guest: see :meth:`vmette.Sandbox.share`.
+
+        The `close` of what this returns waits for the guest: call it by `asyncio.to_thread`.
+        """
+        sandbox = self._started
+        return await in_thread(lambda: sandbox.share(path, target, read_only=read_only))
 
     @property
     def vsock(self) -> Vsock:

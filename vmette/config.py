@@ -208,6 +208,8 @@ class Command:
     """Run it in a terminal of so many rows and columns."""
     builtin: bool = False
     """`argv` names a function of the guest's agent (csrc/guest/builtins.h), not a program."""
+    background: bool = False
+    """While it alone runs, the machine is idle."""
     init: bool = False
     """Run it as PID 1 of a PID namespace of its own, in which all later commands run too."""
 

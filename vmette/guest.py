@@ -13,7 +13,16 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .config import Command, MachineConfig, Saved
-from .errors import CommandNotStarted, GuestError, ProtocolError, SandboxClosed, SandboxTimeout, VmetteError, VmmError
+from .errors import (
+    CommandNotStarted,
+    ConfigError,
+    GuestError,
+    ProtocolError,
+    SandboxClosed,
+    SandboxTimeout,
+    VmetteError,
+    VmmError,
+)
 from .linux import strerror
 from .polling import HEED_SECONDS, new_poll
 from .protocol import (
@@ -105,8 +114,12 @@ class Stream:
         sinks: dict[Channel, Sink],
         finished: Callable[[Ending], None],
         opened: Callable[[], None] | None = None,
+        *,
+        background: bool = False,
     ) -> None:
         self.number = number
+        self.background = background
+        """It does not keep the machine busy."""
         self.stdin = stdin
         """None once it has ended."""
         self.sinks = sinks
@@ -215,10 +228,13 @@ class Guest:
         """Saves the machine, which stands still meanwhile; and after it if that is the `last` that it is to do.
 
         Raises:
+            ConfigError: directories are shared with it.
             VmmError: it cannot be saved, or does not go on.
             GuestError: the guest does not pause.
             OSError: the files of `to` cannot be written.
         """
+        if self.has_shares:
+            raise ConfigError("a machine with shares is not saved: take them away before")
         self._pauses = True
         self._paused = False
         self._connection.pause()
@@ -267,7 +283,8 @@ class Guest:
             self.exec(clock_command(), BytesSource(b""), Discard(), Discard(), lambda _: None)
         number = self._connection.exec(command, announced=opened is not None)
         sinks = {Channel.STDOUT: stdout, Channel.STDERR: stderr}
-        return self._streams.setdefault(number, Stream(number, stdin, sinks, finished, opened))
+        stream = Stream(number, stdin, sinks, finished, opened, background=command.background)
+        return self._streams.setdefault(number, stream)
 
     def connect(
         self,
@@ -425,9 +442,14 @@ class Guest:
                 os.write(self._wake[1], b"\0")
 
     @property
+    def has_shares(self) -> bool:
+        """Whether directories are shared with it that it was not started with."""
+        return any(stream.background for stream in self._streams.values())
+
+    @property
     def busy(self) -> bool:
         """Whether a command runs or a connection is open."""
-        return bool(self._streams)
+        return not all(stream.background for stream in self._streams.values())
 
     # --- one turn of the loop
 

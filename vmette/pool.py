@@ -102,7 +102,7 @@ class Pool:
     def release(self, sandbox: Sandbox) -> None:
         """Gives one back: whoever takes it next finds what its earlier commands have left of files and processes.
 
-        One that has ended is none, nor is one too many kept.
+        One that has ended is none, nor is one too many kept, or one that still has a share.
 
         Raises:
             ValueError: it is not of this pool, or was given back before.
@@ -212,7 +212,8 @@ class _Shelf:
             if sandbox not in self._taken:
                 raise ValueError("this sandbox is none of the pool's, or has been given back")
             self._taken.remove(sandbox)
-            if not sandbox.closed and not self.closed.is_set() and len(self.ready) < self.size:
+            fit = not sandbox.closed and not sandbox._session.guest.has_shares
+            if fit and not self.closed.is_set() and len(self.ready) < self.size:
                 self.ready.appendleft((time.monotonic(), sandbox))
                 self._changed.notify()
                 return

@@ -11,9 +11,11 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
+from .config import Share
 from .errors import ConfigError, GuestError, SandboxClosed, VmetteError, VmmError
 from .guest import clock_command
 from .linux import strerror
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from .filesystem import Files
     from .guest import Guest
+    from .sharing import SharedDirectory
     from .snapshots import Snapshot
     from .vsock import Vsock
 
@@ -331,6 +334,30 @@ class Sandbox:
         from .filesystem import Files
 
         return Files(lambda command: Popen(self, self._session, command, PIPE, PIPE, PIPE))
+
+    def share(self, path: str | os.PathLike[str], target: str, *, read_only: bool = False) -> SharedDirectory:
+        """Shares a directory of this host with the guest, until it is taken away again or the sandbox ends.
+
+        What the machine is started with (`shares`) is faster; this needs no restart, so it is how a sandbox of a pool,
+        or a copy, gets the directories of its task. Nothing outside the directory is reached, whatever links are in
+        it. What others change there is seen within a second.
+
+        Args:
+            path: The directory.
+            target: An absolute path of the guest, which is made if it is missing.
+            read_only: The guest cannot write to it: this side sees to that.
+
+        Returns:
+            Its handle: a context manager that takes it away, as its `close` does.
+
+        Raises:
+            ConfigError: there is no such directory, or that target cannot be.
+            GuestError: the guest cannot mount it.
+            SandboxClosed: the VM has ended.
+        """
+        from .sharing import SharedDirectory
+
+        return SharedDirectory(self, self._session, Share("", Path(path), read_only, target))
 
     @property
     def vsock(self) -> Vsock:

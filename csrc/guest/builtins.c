@@ -13,6 +13,7 @@
 
 #include "function.h"
 #include "provision.h"
+#include "share.h"
 #include "tar.h"
 
 /* --- Arguments ------------------------------------------------------------------------------------------------------ */
@@ -270,6 +271,13 @@ static void run_clock(char **args) {
     set_clock(nanoseconds);
 }
 
+static void run_share(char **args) {
+    const char *target = argument(&args);
+    const bool read_only = word(&args, "ro");
+    no_more(&args);
+    serve_share(target, read_only);
+}
+
 int builtin_run(char **argv) {
     static const struct {
         const char *name;
@@ -286,6 +294,7 @@ int builtin_run(char **argv) {
         {"secret", run_secret},
         {"ca-certs", run_ca_certs},
         {"clock", run_clock},
+        {"share", run_share},
     };
     umask(0); /* modes are exact */
     for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {

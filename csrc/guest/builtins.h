@@ -15,6 +15,7 @@
  *   secret NAME USER                   stdin into /run/secrets/NAME, which USER alone can read
  *   ca-certs                           PEM certificates on stdin become trusted by the distributions' usual bundles
  *   clock NSEC                         sets the time, in nanoseconds since the epoch
+ *   share PATH [ro]                    mounts a directory of the host until stdin ends: FUSE's requests go to stdout
  *
  * remove: what a file system is mounted on is not removed (EBUSY), nor is a tree of more than 2048 levels (ELOOP).
  *
@@ -27,6 +28,10 @@
  * in front is EINVAL, a link in a name's way ELOOP. What is damaged or cut off is EBADMSG. Files are replaced,
  * directories merge and get the entry's mode and time, `.` among them; missing parents are made with mode 0755. Devices,
  * capabilities and owners are given with `owners` only. It reads ustar, PAX and GNU's long names; no sparse files.
+ *
+ * share: PATH is absolute, and is made if it is not there. What goes over stdout and stdin are the bytes of /dev/fuse
+ * (include/uapi/linux/fuse.h), one request or answer after the other; requests are of at most 32,768 bytes, answers of at
+ * most 262,144. The first request comes when it is mounted. It ends, too, when somebody unmounts it.
  */
 #ifndef VMETTE_BUILTINS_H
 #define VMETTE_BUILTINS_H

@@ -26,7 +26,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/openat2.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -49,6 +48,7 @@
 #include "cgroup.h"
 #include "network.h"
 #include "resume.h"
+#include "share.h"
 
 enum { MAX_SHARES = 32, CMDLINE = 8192 };
 
@@ -327,28 +327,8 @@ static void mount_kernel(void) {
     port_list = open("/sys/class/virtio-ports", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
-/* Opens a directory, but through no link to what a process holds open or has for its root. */
-static int open_dir(const char *path) {
-    struct open_how how = {.flags = O_PATH | O_DIRECTORY | O_CLOEXEC, .resolve = RESOLVE_NO_MAGICLINKS};
-    return (int)syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof how);
-}
-
-/* Enters a directory of the root, given by its absolute path, and makes what is missing of it. Links of the image are
- * followed, as container engines do it: /var/run is /run there, and the root is where each of them ends. */
 static void enter_dir(const char *path) {
-    char part[CMDLINE];
-    snprintf(part, sizeof part, "%s", path);
-    if (chdir("/") != 0) fail("mount", "cannot enter the root filesystem");
-    for (char *end = part; end != NULL;) {
-        char *name = end + 1;
-        end = strchr(name, '/');
-        if (end != NULL) *end = 0;
-        int fd = open_dir(part);
-        if (fd < 0 && errno == ENOENT && mkdir(name, 0755) == 0) fd = open_dir(part);
-        if (fd < 0 || fchdir(fd) != 0) fail("mount", "cannot make %s in the root filesystem", path);
-        close(fd);
-        if (end != NULL) *end = '/';
-    }
+    if (enter_directory(path) != 0) fail("mount", "cannot make %s in the root filesystem", path);
 }
 
 static void mount_shares(const struct share *shares, size_t count) {
