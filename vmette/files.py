@@ -32,6 +32,19 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(fd, "rb")
 
 
+def synced(path: Path) -> None:
+    """Has the disk have the directory or file at `path`.
+
+    Raises:
+        OSError: it cannot.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file, and its directory if need be, so that it is there whole or as it was.
 

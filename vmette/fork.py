@@ -58,9 +58,10 @@ def _place(machine: Machine) -> Iterator[Saved]:
     elif machine.has_secrets:
         raise ConfigError("a sandbox with secrets is not copied here: they would be on the disk for a while")
     else:
-        from .templates import staging
+        from .staging import staging
+        from .templates import made_directory
 
-        with staging() as directory:
+        with staging(made_directory() / "fork") as directory:
             yield Saved(directory)
 
 

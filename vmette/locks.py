@@ -15,13 +15,13 @@ def hold(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_SH)  # which has it exclusively for a moment only
 
 
-def held(path: str | os.PathLike[str]) -> int:
-    """A descriptor of the file or directory at `path`, which is in use until it is closed.
+def held(path: str | os.PathLike[str], flags: int = 0) -> int:
+    """A descriptor of the file or directory at `path`, opened with more `flags`: it is in use until that is closed.
 
     Raises:
         OSError: it cannot be opened, or has just been removed.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
     try:
         hold(fd)
         if not os.path.samestat(os.fstat(fd), Path(path).stat()):

@@ -6,12 +6,11 @@ clock and names of its own. It needs the QEMU, the guest and the root image that
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import assets, saved, vmm
+from . import assets, saved, staging, vmm
 from .config import PARTS, Command, MachineConfig, Saved
 from .errors import ConfigError, SandboxTimeout, VmetteError, VmmError, reason
 from .providers.base import BlockFs, BlockImage, ImageConfig
@@ -124,14 +123,14 @@ def create(
     machine = prepare(rootfs, options)  # type: ignore[arg-type]
     if machine.services is not None:
         raise ConfigError("secrets and ways out are given to the machines that wake from a snapshot, not to it")
-    with _staging(directory) as staging:
+    with _staging(directory) as place:
         config = replace(machine.config, savable=True)
         check_savable(config)
         with booted(replace(machine, config=config, template=False), Stopwatch()) as guest:
             guest.turn_until(lambda: guest.kernel is not None)
             if warm_up:
                 _run(guest, machine.command(warm_up), timeout)
-            return save(guest, machine, staging, directory, os.fspath(rootfs), warm_up, last=True)
+            return save(guest, machine, place, directory, os.fspath(rootfs), warm_up, last=True)
 
 
 def save_running(guest: Guest, machine: Machine, target: str | os.PathLike[str], rootfs: str) -> Snapshot:
@@ -144,8 +143,8 @@ def save_running(guest: Guest, machine: Machine, target: str | os.PathLike[str],
     directory = _directory(target)
     if machine.has_secrets:
         raise ConfigError("a machine with secrets is not saved: they would be on the disk")
-    with _staging(directory) as staging:
-        return save(guest, machine, staging, directory, rootfs, ())
+    with _staging(directory) as place:
+        return save(guest, machine, place, directory, rootfs, ())
 
 
 def is_savable(config: MachineConfig) -> bool:
@@ -166,18 +165,18 @@ def check_savable(config: MachineConfig) -> None:
 def save(
     guest: Guest,
     machine: Machine,
-    staging: Path,
+    place: Path,
     directory: Path,
     rootfs: str,
     warm_up: Sequence[str],
     *,
     last: bool = False,
 ) -> Snapshot:
-    """Saves the machine of `guest` in `staging`, which will be `directory`."""
+    """Saves the machine of `guest` in `place`, which will be `directory`."""
     config = vmm.settled(guest.config)
     check_savable(config)
     assert isinstance(config.root, BlockImage)
-    files = Saved(staging)
+    files = Saved(place)
     if guest.facts is not None and (changed := saved.changes(guest.facts, saved.facts(config))):
         raise VmmError(f"the machine cannot be saved: {changed[0]} is another one now than when it was started")
     try:
@@ -208,45 +207,31 @@ def _staging(final: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: there is such a snapshot, or it is being made.
+        VmetteError: there can be none.
     """
-    staging = final.with_name(f".{final.name}.part")
-    with _locked(final.parent):
-        taken = ConfigError(f"there is a snapshot {final.name!r} already: `vmette snapshot rm` removes it")
-        if final.exists():
-            raise taken
-        if staging.exists():
-            with _held(staging) as ours:
-                if not ours:
-                    raise ConfigError(f"snapshot {final.name!r} is being made")
-                shutil.rmtree(staging)  # somebody has not come to an end of it
-        staging.mkdir(mode=0o700)
-        holding = ExitStack()
-        holding.enter_context(_held(staging))
-    with holding:
+    taken = ConfigError(f"there is a snapshot {final.name!r} already: `vmette snapshot rm` removes it")
+    with ExitStack() as stack:
         try:
-            yield staging
-            with _locked(final.parent):
-                if final.exists():
-                    raise taken
-                staging.rename(final)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+            if final.parent == _root():
+                _root().mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.path.lexists(final):
+                raise taken
+            if any(staging.is_place_of(place, final) for place in staging.sweep(final.parent)):
+                raise ConfigError(f"snapshot {final.name!r} is being made")
+            place = stack.enter_context(staging.staging(final))
+        except OSError as error:
+            raise _unkept(final, error) from error
+        yield place
+        try:
+            staging.publish(place, final)
+        except OSError as error:
+            if error.errno in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:  # somebody else was faster
+                raise taken from None
+            raise _unkept(final, error) from error
 
 
-@contextmanager
-def _held(directory: Path) -> Iterator[bool]:
-    """Whether nobody else has it: nobody can, meanwhile."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except BlockingIOError:
-            ours = False
-        yield ours
-    finally:
-        os.close(fd)
+def _unkept(directory: Path, error: OSError) -> VmetteError:
+    return VmetteError(f"cannot keep snapshots in {directory.parent}: {reason(error)}")
 
 
 def _run(guest: Guest, command: Command, timeout: float | None) -> None:
@@ -280,15 +265,17 @@ def remove(target: str | os.PathLike[str]) -> None:
 
     Raises:
         ConfigError: there is none of that name, or at that path.
+        VmetteError: it cannot be removed.
     """
     path = _directory(target)
-    with _locked(path.parent):
-        if not (path / saved.META).is_file() or (path.parent != _root() and not _is_snapshot(path)):
-            raise _none(path)  # whatever else it is, it stays
-        gone = path.with_name(f".{path.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        path.rename(gone)  # first, so that nobody finds half of one
-        shutil.rmtree(gone)
+    if not (path / saved.META).is_file() or (path.parent != _root() and not _is_snapshot(path)):
+        raise _none(path)  # whatever else it is, it stays
+    try:
+        staging.remove(path)
+    except FileNotFoundError:  # somebody else was faster
+        raise _none(path) from None
+    except OSError as error:
+        raise VmetteError(f"cannot remove the snapshot {path}: {reason(error)}") from error
 
 
 def _is_snapshot(path: Path) -> bool:
@@ -380,23 +367,3 @@ def _none(directory: Path) -> ConfigError:
 
 def _root() -> Path:
     return assets.state_root() / "snapshots"
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Nobody else makes or removes snapshots in that directory meanwhile.
-
-    Raises:
-        VmetteError: it cannot be written to.
-    """
-    try:
-        if root == _root():
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise VmetteError(f"cannot keep snapshots in {root}: {reason(error)}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)

@@ -13,8 +13,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,6 @@ from . import assets, saved
 from .config import Command, MachineConfig, Saved, Share
 from .errors import CommandNotStarted, SandboxTimeout, VmetteError, VmmError, reason
 from .files import write_atomically
-from .locks import held
 from .providers.base import BlockImage, Context
 
 if TYPE_CHECKING:
@@ -44,6 +42,8 @@ RETRY_SECONDS = 3600.0
 """After a template could not be made, it is tried again."""
 MAX_SHARE_TEXT = 3000
 """Bytes that are left for the shares in what a machine is told when it wakes (docs/protocol.md, HELLO)."""
+_LOCK = ".lock"
+"""Who has this file's lock makes a template."""
 _PROGRAM = "import os; os.chdir('/'); from vmette.templates import main; main()"
 """(`-m` would import what happens to lie in the current directory; `os` is there before anything is looked for.)"""
 
@@ -51,6 +51,17 @@ _PROGRAM = "import os; os.chdir('/'); from vmette.templates import main; main()"
 def directory() -> Path:
     """Where all of them are."""
     return assets.cache_root() / "store" / "templates"  # of the cache of images: see images/prune.py
+
+
+def made_directory() -> Path:
+    """The same, which is there now.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path = directory()
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
 
 
 class Template:
@@ -153,18 +164,19 @@ class Template:
         """
         import shutil
 
-        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        from . import staging
+
+        lock = os.open(made_directory() / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sweep()
+            _sweep()
             if self.path.exists():
                 return
             if shutil.disk_usage(directory()).free < MIN_FREE:
                 raise VmetteError(f"there is too little room in {directory()}")
-            with staging() as place:
+            with staging.staging(self.path) as place:
                 self._boot_and_save(place)
-                place.rename(self.path)
+                staging.publish(place, self.path)
             self._failed.unlink(missing_ok=True)
             prune()
             _evict()
@@ -268,38 +280,15 @@ def find(config: MachineConfig, stopwatch: Stopwatch) -> Template | None:
     return template
 
 
-@contextmanager
-def staging() -> Iterator[Path]:
-    """A directory to save a machine in. It is gone at the end, unless it has become something else.
+def _sweep() -> None:
+    """Removes what processes left that did not come to their end, and what they remembered that is of no more use."""
+    from . import staging
 
-    Raises:
-        OSError: it cannot be made.
-    """
-    import tempfile
-
-    directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = Path(tempfile.mkdtemp(dir=directory(), prefix=".", suffix=".part"))
-    fd = held(path)
-    try:
-        yield path
-    finally:
+    staging.sweep(directory())
+    for path in directory().glob(".*"):
         with suppress(OSError):
-            _delete(path)
-        os.close(fd)
-
-
-def sweep() -> None:
-    """Removes what processes left that did not come to their end."""
-    for path in directory().glob(".*.*"):
-        with suppress(OSError):
-            if path.suffix in {".part", ".gone"}:
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    _delete(path)
-                finally:
-                    os.close(fd)
-            elif path.suffix == ".failed" and time.time() - path.stat().st_mtime > RETRY_SECONDS:
+            # No directories, which are places for templates; but files that are not yet what they are to be: files.py.
+            if path.name != _LOCK and time.time() - path.lstat().st_mtime > RETRY_SECONDS:
                 path.unlink()
 
 
@@ -320,16 +309,10 @@ def _evict() -> None:
 
 
 def _remove(path: Path) -> None:
-    gone = path.with_name(f".{path.name}-{os.getpid()}.gone")
+    from . import staging  # late: it brings in three compressors
+
     with suppress(OSError):
-        path.rename(gone)  # first, so that nobody finds half of one
-        _delete(gone)
-
-
-def _delete(path: Path) -> None:
-    import shutil  # late: it brings in three compressors
-
-    shutil.rmtree(path)
+        staging.remove(path)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 import vmette
 from tests.vm.support import BASE, Cli, command, vmm_processes, vz, wait_until
-from vmette import assets, snapshots
+from vmette import assets, saved, snapshots
 from vmette.providers.base import Cancelled
 
 WARM_UP = "echo warm >/tmp/warm; mkdir /www; echo served >/www/index.html; httpd -p 127.0.0.1:8080 -h /www"
@@ -198,8 +200,9 @@ def test_one_that_is_being_made_and_is_killed_leaves_nothing_in_the_way(own: Pat
         process.send_signal(signal.SIGKILL)
         process.wait(30)
     assert [snapshot.name for snapshot in snapshots.snapshots()] == ["warm"]
-    snapshots.create("other", BASE)
-    assert sorted(path.name for path in own.parent.iterdir()) == ["other", "warm"]
+    assert len(list(own.parent.iterdir())) == 2
+    snapshots.create("another", BASE)
+    assert sorted(path.name for path in own.parent.iterdir()) == ["another", "warm"]
 
 
 @pytest.mark.parametrize("beside", ["meta alone", "another file"])
@@ -221,7 +224,7 @@ def test_what_is_no_snapshot_is_not_removed(beside: str, own: Path, tmp_path: Pa
 def test_two_that_are_made_at_once(own: Path) -> None:
     argv = command(["snapshot", "create", "--run", "until [ -e /tmp/no ]; do sleep 1; done", BASE, "slow"])
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL) as process:
-        wait_until((own.parent / ".slow.part").exists, "the first one's beginning")
+        wait_until(lambda: bool([*own.parent.glob(".slow.*")]), "the first one's beginning")
         with pytest.raises(vmette.ConfigError, match="snapshot 'slow' is being made"):
             snapshots.create("slow", BASE)
         snapshots.create("other", BASE)
@@ -229,6 +232,42 @@ def test_two_that_are_made_at_once(own: Path) -> None:
         process.terminate()
         assert process.wait(30) == 143
     assert sorted(path.name for path in own.parent.iterdir()) == ["warm"]
+
+
+def test_a_directory_that_others_can_write_to(tmp_path: Path) -> None:
+    """They may hold its lock, and have made what looks like the beginning of a snapshot."""
+    shared = tmp_path / "shared"
+    theirs = [shared / ".name.part", shared / ".name.gone"]
+    for path in theirs:
+        (path / "file").mkdir(parents=True)
+    with ExitStack() as stack:
+        for path in (shared, *theirs):
+            fd = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        with vmette.Sandbox(BASE) as sandbox:
+            sandbox.snapshot(shared / "name")
+        with pytest.raises(vmette.ConfigError, match="there is a snapshot 'name' already"):
+            snapshots.create(shared / "name", BASE)
+        snapshots.remove(shared / "name")
+    assert sorted(shared.glob(".*/*")) == [path / "file" for path in sorted(theirs)]
+    assert sorted(shared.iterdir()) == sorted(theirs)
+
+
+def test_a_name_that_somebody_else_takes_meanwhile(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    with vmette.Sandbox(BASE) as sandbox, pytest.MonkeyPatch.context() as patch:
+        seal = saved.seal
+
+        def overtaken(*arguments: Any) -> None:
+            seal(*arguments)
+            (place / "theirs").mkdir(parents=True)
+
+        patch.setattr("vmette.saved.seal", overtaken)
+        with pytest.raises(vmette.ConfigError, match="there is a snapshot 'place' already"):
+            sandbox.snapshot(place)
+    assert [path.name for path in place.iterdir()] == ["theirs"]
+    assert not [*tmp_path.glob(".*")]
 
 
 def test_a_creation_that_is_given_up(own: Path) -> None:

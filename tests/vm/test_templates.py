@@ -23,6 +23,7 @@ from tests.vm.support import BASE, Cli, command, vmm_processes, vz, wait_until
 from vmette import templates
 from vmette.machine import prepare
 from vmette.providers.base import ImageConfig
+from vmette.staging import SUFFIX
 from vmette.templates import Template
 
 WOKEN = "woken from a template"
@@ -387,7 +388,7 @@ def test_one_that_is_too_large_is_not_kept(place: Path, monkeypatch: pytest.Monk
     with pytest.raises(vmette.VmetteError, match="MiB after its start: that is too much to keep"):
         Template(prepare(BASE, {}).config).make()
     assert not made(place)
-    assert not [*place.glob("*.part")]
+    assert not [*place.glob(f".*{SUFFIX}")]
 
 
 def test_another_guest_is_another_template(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,9 +449,14 @@ def test_one_that_is_killed_leaves_nothing_in_the_way(place: Path) -> None:
         wait_until(lambda: bool(vmm_processes()), "its machine")
         process.send_signal(signal.SIGKILL)
     wait_until(lambda: not vmm_processes(), "the end of its machine")
-    assert len(list(place.glob(".*.part"))) == 1
+    assert len(list(place.glob(f".*{SUFFIX}"))) == 1
+    fresh, old = place / ".fresh", place / ".old"  # of write_atomically
+    fresh.touch()
+    old.touch()
+    os.utime(old, (1, 1))
+    os.utime(place / ".lock", (1, 1))
     template = build()
-    assert {path.name for path in place.iterdir()} == {template.path.name, ".lock"}
+    assert {path.name for path in place.iterdir()} == {template.path.name, ".lock", ".fresh"}
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

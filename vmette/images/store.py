@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from ..files import synced
 from ..locks import hold
 from . import erofs, layers
 from .archive import ArchiveError, Entry
@@ -28,15 +29,6 @@ POLL_SECONDS = 0.05
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNPACKED = "directory 1"
 """Another way to unpack is another number."""
-
-
-def synced(path: Path) -> None:
-    """Has the disk have the directory or file at `path`."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def remove(path: Path) -> None:

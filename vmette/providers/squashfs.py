@@ -103,7 +103,8 @@ class _Images:
 
     def take(self, source: Path, digest: str) -> BlockImage:
         """Moves the file to its place in the cache, if the guest can mount it."""
-        from ..images.store import remove, synced
+        from ..files import synced
+        from ..images.store import remove
 
         with opened(source) as file:
             check(file, self._location, self._fstype)
