@@ -210,6 +210,9 @@ class Template:
 def _warm_up(guest: Guest) -> None:
     """Runs the image's `true`, if it has one: what every command wants of the disk is in memory then.
 
+    It is the init of namespaces of its own, whose end is that of all that it has started, wherever that has gone: the
+    guest's kernel sees to it. What it has mounted is gone, too.
+
     Raises:
         VmetteError: it does not end.
     """
@@ -217,7 +220,7 @@ def _warm_up(guest: Guest) -> None:
 
     deadline = time.monotonic() + WARM_UP_SECONDS
     try:
-        guest.run(Command((b"true",)), BytesSource(b""), Discard(), Discard(), deadline=deadline)
+        guest.run(Command((b"true",), init=True), BytesSource(b""), Discard(), Discard(), deadline=deadline)
     except CommandNotStarted:
         pass
     except SandboxTimeout:

@@ -477,27 +477,52 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("true", ["missing", "endless"])
-def test_an_image_without_a_true_that_ends(
-    true: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(templates, "WARM_UP_SECONDS", 1.0)
+def image_with(true: str | None, tmp_path: Path) -> str:
+    """The spec of an image whose `true` is this script, or that has none."""
     root, image = tmp_path / "root", tmp_path / "image.squashfs"
     subprocess.run(["unsquashfs", "-q", "-n", "-d", root, vmette.assets.base_image()], check=True, capture_output=True)
     for path in root.glob("**/bin/true"):
         path.unlink()
-        if true == "endless":
-            path.write_text("#!/bin/sh\nwhile :; do sleep 1; done\n")
+        if true is not None:
+            path.write_text(true)
             path.chmod(0o755)
     subprocess.run(["mksquashfs", root, image, "-quiet", "-no-progress"], check=True, capture_output=True)
-    template = Template(prepare(f"squashfs+file://{image}", {}).config)
-    if true == "missing":
+    return f"squashfs+file://{image}"
+
+
+def test_an_image_without_a_true(place: Path, tmp_path: Path) -> None:
+    template = Template(prepare(image_with(None, tmp_path), {}).config)
+    template.make()
+    assert template.problem() is None
+
+
+def test_an_image_whose_true_does_not_end(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "WARM_UP_SECONDS", 1.0)
+    template = Template(prepare(image_with("#!/bin/sh\nwhile :; do sleep 1; done\n", tmp_path), {}).config)
+    with pytest.raises(vmette.VmetteError, match="the image's `true` does not end"):
         template.make()
-        assert template.problem() is None
-    else:
-        with pytest.raises(vmette.VmetteError, match="the image's `true` does not end"):
-            template.make()
-        assert made(place) == []
+    assert made(place) == []
+
+
+LEAVING = """#!/bin/sh
+setsid sh -c 'touch /in-a-session; exec sleep 1001' &
+setsid sh -c 'echo 0 >/sys/fs/cgroup/cgroup.procs && touch /in-no-cgroup; exec sleep 1002' &
+mount -t tmpfs left /mnt && touch /mounted
+until [ -e /in-a-session -a -e /in-no-cgroup ]; do sleep 0.01; done
+"""
+"""A `true` that leaves processes in sessions of their own, one of them in no command's cgroup, and a mount."""
+
+
+def test_nothing_of_the_image_s_true_runs_on(place: Path, tmp_path: Path) -> None:
+    spec = image_with(LEAVING, tmp_path)
+    Template(prepare(spec, {}).config).make()
+    with vmette.Sandbox(spec) as sandbox:
+        assert sandbox.came_up == WOKEN
+        sandbox.run(["ls", "/in-a-session", "/in-no-cgroup", "/mounted"], check=True)
+        said = sandbox.run(["sh", "-c", "ps -o args; cat /proc/mounts"], text=True, check=True).stdout
+    assert "ps -o args" in said
+    assert "sleep" not in said
+    assert "left" not in said
 
 
 def test_after_a_failure_it_is_not_tried_at_each_run(place: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
