@@ -284,7 +284,9 @@ class _Shelf:
             try:
                 template = templates.Template(config)
                 if template.problem() is not None:
-                    template.make()
+                    template.make(self.closed.is_set)
+            except Cancelled:
+                raise
             except (VmetteError, OSError) as error:
                 logger.info("the sandboxes of a pool boot: %s", error)
 

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from . import assets, saved
 from .config import Command, MachineConfig, Saved, Share
-from .errors import CommandNotStarted, SandboxTimeout, VmetteError, VmmError, reason
+from .errors import SandboxTimeout, VmetteError, VmmError, reason
 from .files import write_atomically
-from .providers.base import BlockImage, Context
+from .providers.base import BlockImage, Cancelled, Context
 
 if TYPE_CHECKING:
     from .guest import Guest
@@ -155,10 +156,13 @@ class Template:
         except OSError as error:
             logger.info("no template is made: %s", reason(error))
 
-    def make(self) -> None:
+    def make(self, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Boots a machine and saves it, unless somebody else does, or makes another one.
 
+        `cancelled` is asked now and then whether to give up.
+
         Raises:
+            Cancelled: it said so.
             VmetteError: it does not boot, or cannot be saved.
             OSError: there is no room for it.
         """
@@ -175,20 +179,22 @@ class Template:
             if shutil.disk_usage(directory()).free < MIN_FREE:
                 raise VmetteError(f"there is too little room in {directory()}")
             with staging.staging(self.path) as place:
-                self._boot_and_save(place)
+                self._boot_and_save(place, cancelled)
                 staging.publish(place, self.path)
             self._failed.unlink(missing_ok=True)
             prune()
             _evict()
         except BlockingIOError:
             return
+        except Cancelled:
+            raise
         except (VmetteError, OSError) as error:
             self._remember(error)
             raise
         finally:
             os.close(lock)
 
-    def _boot_and_save(self, place: Path) -> None:
+    def _boot_and_save(self, place: Path, cancelled: Callable[[], bool]) -> None:
         from .machine import Machine, booted
         from .timings import Stopwatch
 
@@ -196,9 +202,9 @@ class Template:
         empty.mkdir(mode=0o500)
         shares = tuple(Share(share.tag, empty, read_only=True) for share in self.config.shares)
         config = replace(self.config, shares=shares, shares_later=True, savable=True, hostname="vmette")
-        with booted(Machine(config, template=False), Stopwatch()) as guest:
+        with booted(Machine(config, cancelled=cancelled, template=False), Stopwatch()) as guest:
             guest.turn_until(lambda: guest.kernel is not None, time.monotonic() + BOOT_SECONDS)
-            _warm_up(guest)
+            _warm_up(guest, cancelled)
             guest.save(Saved(place), last=True)
         empty.rmdir()
         size = sum(path.stat().st_blocks for path in Saved(place).parts) * 512
@@ -207,7 +213,7 @@ class Template:
         saved.seal(Saved(place), self.config, {})
 
 
-def _warm_up(guest: Guest) -> None:
+def _warm_up(guest: Guest, cancelled: Callable[[], bool]) -> None:
     """Runs the image's `true`, if it has one: what every command wants of the disk is in memory then.
 
     It is the init of namespaces of its own, whose end is that of all that it has started, wherever that has gone: the
@@ -215,14 +221,16 @@ def _warm_up(guest: Guest) -> None:
 
     Raises:
         VmetteError: it does not end.
+        Cancelled: `cancelled` said so.
     """
     from .streams import BytesSource, Discard
 
-    deadline = time.monotonic() + WARM_UP_SECONDS
+    ended: list[object] = []
+    guest.exec(Command((b"true",), init=True), BytesSource(b""), Discard(), Discard(), ended.append)
     try:
-        guest.run(Command((b"true",), init=True), BytesSource(b""), Discard(), Discard(), deadline=deadline)
-    except CommandNotStarted:
-        pass
+        guest.turn_until(lambda: bool(ended) or cancelled(), time.monotonic() + WARM_UP_SECONDS)
+        if not ended:
+            raise Cancelled
     except SandboxTimeout:
         raise VmetteError("the image's `true` does not end") from None
 

@@ -16,6 +16,7 @@ import pytest
 import vmette
 from tests.vm.support import BASE, vmms, wait_until
 from vmette import pool as module
+from vmette.guest import Guest
 from vmette.machine import prepare
 from vmette.templates import Template
 
@@ -65,6 +66,31 @@ def test_the_template_is_made_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path))
     with vmette.Pool(BASE, size=1) as pool, pool.sandbox() as sandbox:
         assert sandbox.came_up == "woken from a template"
+
+
+@pytest.mark.parametrize("when", ["it boots", "true runs"])
+def test_a_pool_that_is_closed_does_not_wait_for_the_template(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes no further than where it is found to be closed."""
+    monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path))
+    there, closing = threading.Event(), threading.Event()
+    turn = Guest.turn
+
+    def held_up(guest: Guest, until: float | None = None) -> None:
+        if when == "it boots" or guest.busy:
+            there.set()
+            assert closing.wait(60)
+        turn(guest, until)
+
+    monkeypatch.setattr(Guest, "turn", held_up)
+    pool = vmette.Pool(BASE, size=2)
+    assert there.wait(60)
+    pool._shelf.closed.set()  # as close() does, which waits then
+    closing.set()
+    pool.close()
+    assert [path.name for path in (tmp_path / "store/templates").iterdir()] == [".lock"]
+    assert pool.ready == 0
 
 
 def test_without_templates(monkeypatch: pytest.MonkeyPatch) -> None:
