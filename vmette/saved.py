@@ -102,8 +102,8 @@ def read(saved: Saved) -> dict[str, Any]:
     return meta
 
 
-def check(saved: Saved, config: MachineConfig, meta: Mapping[str, Any]) -> None:
-    """Checks that a machine wakes from it as the one that was saved.
+def check(saved: Saved, now: Mapping[str, str], meta: Mapping[str, Any]) -> None:
+    """Checks that a machine of the facts `now` (see :func:`facts`) wakes from it as the one that was saved.
 
     The files are read as a whole when they are others than those that were last read, or this computer has been
     started since.
@@ -112,7 +112,7 @@ def check(saved: Saved, config: MachineConfig, meta: Mapping[str, Any]) -> None:
         VmmError: it does not, with the reason.
     """
     try:
-        if changed := changes(meta["facts"], facts(config)):
+        if changed := changes(meta["facts"], now):
             raise VmmError(f"it was made with another version of {changed[0]}")
         if set(meta["checksums"]) != {path.name for path in saved.parts}:
             raise VmmError("it is damaged: a file is missing")

@@ -303,9 +303,11 @@ def machine(target: str, options: MachineOptions) -> Machine:
         raise ConfigError(f"{settled[0]} was settled when the snapshot {snapshot.name!r} was made: leave it out")
     try:
         config = replace(snapshot.config, hostname=options.get("hostname", "vmette"))
-        saved.check(Saved(snapshot.directory), config, meta)
+        saved.check(Saved(snapshot.directory), saved.facts(config), meta)
     except VmetteError as error:
         raise _useless(snapshot.directory, error) from error
+    except OSError as error:
+        raise _useless(snapshot.directory, f"it cannot be read: {reason(error)}") from error
     except (TypeError, ValueError, KeyError) as error:
         raise _useless(snapshot.directory, "it is damaged") from error
     image = None if snapshot.image is None else _image(snapshot.image)

@@ -77,7 +77,8 @@ class Template:
 
         self.config = replace(vmm.settled(config), savable=False)
         # The name only has to differ as a rule: the facts are compared. (hashlib would bring in OpenSSL at each start.)
-        facts = json.dumps(saved.facts(self.config), sort_keys=True).encode()
+        self._facts = saved.facts(self.config)
+        facts = json.dumps(self._facts, sort_keys=True).encode()
         self.path = directory() / f"{zlib.crc32(facts):08x}{zlib.adler32(facts):08x}"
         self.saved = Saved(self.path)
         self.ready = False
@@ -89,7 +90,7 @@ class Template:
             return "there is no template yet"
         try:
             meta = saved.read(self.saved)
-            saved.check(self.saved, self.config, meta)
+            saved.check(self.saved, self._facts, meta)
         except (OSError, ValueError, VmmError) as error:
             logger.info("template %s: %s", self.path, error)
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):

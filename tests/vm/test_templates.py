@@ -20,7 +20,8 @@ import pytest
 
 import vmette
 from tests.vm.support import BASE, Cli, command, vmm_processes, vz, wait_until
-from vmette import templates
+from vmette import saved, templates
+from vmette.config import MachineConfig
 from vmette.machine import prepare
 from vmette.providers.base import ImageConfig
 from vmette.staging import SUFFIX
@@ -389,6 +390,19 @@ def test_one_that_is_too_large_is_not_kept(place: Path, monkeypatch: pytest.Monk
         Template(prepare(BASE, {}).config).make()
     assert not made(place)
     assert not [*place.glob(f".*{SUFFIX}")]
+
+
+def test_what_the_machine_is_made_of_is_looked_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build()
+    facts, asked = saved.facts, []
+
+    def counted(config: MachineConfig) -> dict[str, str]:
+        asked.append(config)
+        return facts(config)
+
+    monkeypatch.setattr(saved, "facts", counted)
+    assert vmette.run(BASE, ["echo", "fine"]).stdout == b"fine\n"
+    assert len(asked) == 1
 
 
 def test_another_guest_is_another_template(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
