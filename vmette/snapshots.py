@@ -45,7 +45,7 @@ class Snapshot:
     directory: Path
     """Where it is."""
     rootfs: str
-    """The spec that it was made from."""
+    """The spec that it was made from; without a URL's query, which may be secret."""
     created: float
     """A time of `time.time`."""
     warm_up: tuple[str, ...]
@@ -183,7 +183,7 @@ def save(
         guest.save(files, last=last)
         snapshot = Snapshot(
             directory=directory,
-            rootfs=rootfs,
+            rootfs=_shown(rootfs),
             created=time.time(),
             warm_up=tuple(warm_up),
             machine={
@@ -199,6 +199,14 @@ def save(
     except OSError as error:
         raise VmetteError(f"cannot write the snapshot {directory}: {reason(error)}") from error
     return snapshot
+
+
+def _shown(rootfs: str) -> str:
+    if "://" not in rootfs:
+        return rootfs
+    from .providers.http import shown
+
+    return shown(rootfs)
 
 
 @contextmanager

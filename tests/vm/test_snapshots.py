@@ -146,6 +146,23 @@ def test_one_that_is_removed_while_machines_live(own: Path) -> None:
         snapshots.remove("warm")
 
 
+@pytest.mark.parametrize(
+    ("spec", "kept"),
+    [
+        ("squashfs+https://example.com/a?signature=hidden#sha256=0", "squashfs+https://example.com/a"),
+        ("other+https://user:hidden@example.com/a", "other+https://example.com/a"),
+        ("alpine:3.20", "alpine:3.20"),
+    ],
+)
+def test_what_is_secret_of_a_url_is_not_written_down(spec: str, kept: str, tmp_path: Path) -> None:
+    with vmette.Sandbox(BASE) as sandbox:
+        sandbox.rootfs = spec
+        assert sandbox.snapshot(tmp_path / "place").rootfs == kept
+    meta = (tmp_path / "place/meta.json").read_text()
+    assert json.loads(meta)["rootfs"] == kept
+    assert "hidden" not in meta
+
+
 # --- What cannot be saved
 
 
