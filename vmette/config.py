@@ -317,12 +317,12 @@ class Saved:
         return os.open(self.path(part), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def open(self, part: str) -> int:
-        """A descriptor to read a part, which is the caller's to close.
+        """A descriptor to read a part, which is the caller's to close. A FIFO there does not hold us up.
 
         Raises:
             OSError: it cannot be opened.
         """
-        return os.open(self.path(part), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return os.open(self.path(part), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 class SavedInMemory(Saved):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from . import __version__, assets
 from .config import MachineConfig, Saved
@@ -78,7 +78,7 @@ def seal(saved: Saved, config: MachineConfig, about: Mapping[str, Any]) -> None:
     """
     checksums = {}
     for path in saved.parts:
-        with path.open("rb") as file:
+        with _opened(saved, path.name) as file:
             os.fsync(file.fileno())
             checksums[path.name] = checksum(file.fileno())
     meta = {**about, "format": FORMAT, "facts": facts(config), "checksums": checksums}
@@ -96,7 +96,7 @@ def read(saved: Saved) -> dict[str, Any]:
     status = saved.directory.stat()
     if status.st_uid not in {os.geteuid(), 0} or status.st_mode & 0o022:
         raise PermissionError(errno.EPERM, "others can change it", os.fspath(saved.directory))
-    meta = json.loads((saved.directory / META).read_bytes())
+    meta = json.loads(_content(saved, META))
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ValueError("it is of another version of vmette")
     return meta
@@ -118,7 +118,7 @@ def check(saved: Saved, now: Mapping[str, str], meta: Mapping[str, Any]) -> None
             raise VmmError("it is damaged: a file is missing")
         known = None
         with suppress(OSError, ValueError):
-            known = json.loads((saved.directory / CHECKED).read_bytes())
+            known = json.loads(_content(saved, CHECKED))
         if known != _state(saved):
             _check_content(saved, meta["checksums"])
             with suppress(OSError):  # it is checked again the next time
@@ -129,9 +129,18 @@ def check(saved: Saved, now: Mapping[str, str], meta: Mapping[str, Any]) -> None
         raise VmmError("it is damaged") from error
 
 
+def _opened(saved: Saved, name: str) -> BinaryIO:
+    return os.fdopen(saved.open(name), "rb")
+
+
+def _content(saved: Saved, name: str) -> bytes:
+    with _opened(saved, name) as file:
+        return file.read() or b""  # which is None of a FIFO that has nothing yet
+
+
 def _check_content(saved: Saved, checksums: Mapping[str, int]) -> None:
     for path in saved.parts:
-        with path.open("rb") as file:
+        with _opened(saved, path.name) as file:
             if checksum(file.fileno()) != checksums[path.name]:
                 raise VmmError(f"it is damaged: {path.name} is not as it was")
 

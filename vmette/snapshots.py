@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from . import assets, saved, staging, vmm
 from .config import PARTS, Command, MachineConfig, Saved
 from .errors import ConfigError, SandboxTimeout, VmetteError, VmmError, reason
+from .files import open_regular
 from .providers.base import BlockFs, BlockImage, ImageConfig
 
 if TYPE_CHECKING:
@@ -290,7 +291,8 @@ def _is_snapshot(path: Path) -> bool:
     """Whether a directory is a snapshot, of whatever version, and nothing else is in it."""
     try:
         names = {each.name for each in path.iterdir() if not each.name.startswith(".")}
-        meta = json.loads((path / saved.META).read_bytes())
+        with open_regular(path / saved.META) as file:
+            meta = json.loads(file.read())
     except (OSError, ValueError):
         return False
     return isinstance(meta, dict) and "checksums" in meta and names <= {saved.META, saved.CHECKED, *PARTS}
