@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -263,7 +264,7 @@ def snapshots() -> list[Snapshot]:
     for path in sorted(_root().iterdir()) if _root().is_dir() else ():
         if _NAME.fullmatch(path.name):
             try:
-                found.append(_read(path)[0])
+                found.append(_read(path, Saved)[0])
             except VmetteError as error:
                 logger.info("%s", error)
     return found
@@ -307,13 +308,13 @@ def machine(target: str, options: MachineOptions) -> Machine:
     """
     from .machine import Machine, for_image, services
 
-    snapshot, meta = _read(_directory(target))
+    snapshot, meta, files = _read(_directory(target), _kept_open)
     settled = [option for option in OF_THE_MACHINE if options.get(option)]
     if settled:
         raise ConfigError(f"{settled[0]} was settled when the snapshot {snapshot.name!r} was made: leave it out")
     try:
-        config = replace(snapshot.config, hostname=options.get("hostname", "vmette"))
-        saved.check(Saved(snapshot.directory), saved.facts(config), meta)
+        config = replace(snapshot.config, hostname=options.get("hostname", "vmette"), saved=files)
+        saved.check(files, saved.facts(config), meta)
     except VmetteError as error:
         raise _useless(snapshot.directory, error) from error
     except OSError as error:
@@ -356,12 +357,34 @@ def _directory(target: str | os.PathLike[str]) -> Path:
     return _root() / text
 
 
-def _read(directory: Path) -> tuple[Snapshot, Mapping[str, Any]]:
-    """The snapshot there, and what was written down when it was sealed."""
+class _KeptOpen(Saved):
+    """One whose files are those of the directory that was there, whatever is at its path by now.
+
+    It has a descriptor, which is closed when nobody has it any more.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        super().__init__(Path(f"/proc/self/fd/{fd}"))
+        weakref.finalize(self, os.close, fd)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # For the process that a machine stays with: this one waits for it, and has the directory open meanwhile.
+        return _KeptOpen, (Path(f"/proc/{os.getpid()}/fd/{self.directory.name}"),)
+
+
+def _kept_open(directory: Path) -> Saved:
+    """The files of a snapshot, to be checked and then used."""
+    return Saved(directory) if vmm.name() == "vz" else _KeptOpen(directory)  # that program is told their paths
+
+
+def _read(directory: Path, find: Callable[[Path], Saved]) -> tuple[Snapshot, Mapping[str, Any], Saved]:
+    """The snapshot there, what was written down when it was sealed, and its files as `find` has them."""
     try:
-        meta = saved.read(Saved(directory))
+        files = find(directory)
+        meta = saved.read(files)
         values = {name: meta[name] for name in ("rootfs", "created", "machine", "root", "fstype", "image")}
-        return Snapshot(directory=directory, warm_up=tuple(meta["warm_up"]), **values), meta
+        return Snapshot(directory=directory, warm_up=tuple(meta["warm_up"]), **values), meta, files
     except (FileNotFoundError, NotADirectoryError):
         raise _none(directory) from None
     except OSError as error:

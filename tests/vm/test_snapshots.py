@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -354,6 +355,31 @@ def test_what_is_on_the_disk_is_read_again_after_a_restart(own: Path, monkeypatc
     monkeypatch.setattr("vmette.vmm.probe.BOOT_ID", boot)
     with pytest.raises(vmette.VmmError, match=f"it is damaged: {part.name} is not as it was"):
         output("warm", "true")
+
+
+@pytest.mark.only_qemu  # another VMM's program is told the paths
+def test_what_is_checked_is_what_wakes(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can rename the directory cannot put another one in its place meanwhile."""
+    read, check = saved.read, saved.check
+    away, other = tmp_path / "away", tmp_path / "other"
+    shutil.copytree(own, other)
+    (other / "meta.json").write_text("[]")
+    other.chmod(0o777)
+
+    def exchanged(*arguments: Any) -> Any:
+        own.rename(away)
+        other.rename(own)
+        return read(*arguments)
+
+    def exchanged_again(*arguments: Any) -> None:
+        check(*arguments)
+        (own / "state").write_bytes(b"another")
+
+    monkeypatch.setattr(saved, "read", exchanged)
+    monkeypatch.setattr(saved, "check", exchanged_again)
+    assert output("warm", "cat /tmp/warm") == "warm\n"
+    gc.collect()
+    assert str(away) not in [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
 
 
 def test_another_kernel_is_another_machine(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
