@@ -272,6 +272,20 @@ def test_a_directory_that_others_can_write_to(tmp_path: Path) -> None:
     assert sorted(shared.iterdir()) == sorted(theirs)
 
 
+def test_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], check=True)
+    try:
+        with vmette.Sandbox(BASE) as sandbox:
+            with pytest.raises(vmette.VmetteError):
+                sandbox.snapshot(disk / "name")
+            assert sandbox.run(["echo", "fine"]).stdout == b"fine\n"
+        assert not [*disk.iterdir()]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_a_name_that_somebody_else_takes_meanwhile(tmp_path: Path) -> None:
     place = tmp_path / "place"
     with vmette.Sandbox(BASE) as sandbox, pytest.MonkeyPatch.context() as patch:
