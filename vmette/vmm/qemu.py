@@ -221,7 +221,11 @@ class QemuMachine(VirtualMachine):
             assert attached.monitor is not None and attached.memory is not None and attached.incoming is not None
             with socket.fromfd(self._fds[attached.monitor], socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
                 orders = monitor.recv(65536, socket.MSG_PEEK)
-            files = {attached.memory: str(saved.path("ram")), attached.incoming: str(saved.path("state"))}
+            # As the kernel has their paths: a snapshot's are those of an open directory.
+            files = {
+                fd: str(Path(f"/proc/self/fd/{self._fds[fd]}").readlink())
+                for fd in (attached.memory, attached.incoming)
+            }
             start = headstart.Start(argv, attached.monitor, orders, files, self._wake())
         if (started := head.take(start, self._fds)) is None:
             return None
