@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from vmette import assets
-from vmette.config import CMDLINE_BYTES, Disk, MachineConfig, Share, scratch_size, signal_number
+from vmette.config import CMDLINE_BYTES, Disk, MachineConfig, Saved, Share, scratch_size, signal_number
 from vmette.errors import ConfigError, PayloadError, VmetteError
 from vmette.machine import architecture
 from vmette.providers.base import BlockFs, BlockImage, Directory
@@ -646,11 +647,18 @@ def test_cmdline_of_each_machine(payload: Path, arch: str, accel: str, more: lis
 
 @pytest.mark.parametrize(("khz", "more"), [(0, []), (2_400_000, ["tsc_early_khz=2400000"])])
 def test_cmdline_of_an_emulated_x86_takes_the_calibration_away(
-    payload: Path, monkeypatch: pytest.MonkeyPatch, khz: int, more: list[str]
+    payload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, khz: int, more: list[str]
 ) -> None:
-    native = SimpleNamespace(lib=SimpleNamespace(vmette_tsc_khz=lambda: khz))
+    monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path))
+    measured = iter([khz, khz + 9, khz - 9])
+    native = SimpleNamespace(lib=SimpleNamespace(vmette_tsc_khz=lambda: next(measured)))
     monkeypatch.setitem(sys.modules, "vmette._native", native)
-    assert tokens(config(), "tcg") == [*COMMON, "pci=off", "no_timer_check", "tsc=reliable", *more]
+    for _ in range(2):  # measured once in a run of this computer
+        assert tokens(config(), "tcg") == [*COMMON, "pci=off", "no_timer_check", "tsc=reliable", *more]
+    assert tokens(replace(config(), saved=Saved(tmp_path)), "tcg") == [*COMMON, "pci=off"]  # it knows already
+    monkeypatch.setattr("vmette.vmm.probe.BOOT_ID", tmp_path / "another")
+    with pytest.raises(RuntimeError, match="StopIteration"):  # it is measured again
+        tokens(config(), "tcg")
 
 
 @pytest.mark.parametrize("fstype", list(BlockFs))

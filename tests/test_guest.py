@@ -50,6 +50,7 @@ class FakeMachine:
         self.config = SimpleNamespace(shares=(), disks=())
         self.vsock = None
         self.resume = None
+        self.greeted = False
         self.control, self.guest = socket.socketpair()
         self.console, self._console = socket.socketpair()
         self.errors, self._errors = os.pipe()
