@@ -8,7 +8,7 @@
 #if defined(__x86_64__)
 #include <x86intrin.h>
 
-enum { TRIES = 8, INTERVAL_NS = 1000000 };
+enum { TRIES = 8, INTERVAL_NS = 5000000 };
 
 struct instant {
     int64_t ns;

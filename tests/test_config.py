@@ -650,7 +650,7 @@ def test_cmdline_of_an_emulated_x86_takes_the_calibration_away(
     payload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, khz: int, more: list[str]
 ) -> None:
     monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path))
-    measured = iter([khz, khz + 9, khz - 9])
+    measured = iter([khz, khz + 9, khz - 9] * (1 if khz else 2))  # what is not known is not remembered
     native = SimpleNamespace(lib=SimpleNamespace(vmette_tsc_khz=lambda: next(measured)))
     monkeypatch.setitem(sys.modules, "vmette._native", native)
     for _ in range(2):  # measured once in a run of this computer

@@ -23,9 +23,9 @@ WORDS = ["run", "--quiet", "builtin://base", "true"]
 @pytest.fixture(autouse=True)
 def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the notes are. After the test, nothing is left but them."""
-    monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("VMETTE_STATE_DIR", str(tmp_path / "state"))
     fds = sorted(Path("/proc/self/fd").iterdir())
-    yield tmp_path / "cache/starts"
+    yield tmp_path / "state/starts"
     assert sorted(Path("/proc/self/fd").iterdir()) == fds
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -35,7 +35,7 @@ def noted(words: list[str], start: Start, command: int = 1) -> None:
     """A run with `words`, of which the last are its command, has begun with this."""
     head = HeadStart(words)
     head.end_of_options(words[len(words) - command :])
-    assert head.take(start, {}) is None
+    assert head.take(start) is None
     head.end()
 
 
@@ -49,7 +49,7 @@ def test_it_is_repeated_for_the_same_words_before_a_command(starts: Path) -> Non
     noted(WORDS, start)
     assert [path.stat().st_mode & 0o7777 for path in starts.iterdir()] == [0o600]
     head = HeadStart([*WORDS[:-1], "--", "sh", "-c", "echo"])
-    started = head.take(start, {})
+    started = head.take(start)
     assert started is not None
     assert Path(f"/proc/{started.pid}/cmdline").read_bytes() == b"/bin/sleep\x001000\0"
     head.end()
@@ -62,7 +62,7 @@ def test_it_is_repeated_for_the_same_words_before_a_command(starts: Path) -> Non
 def test_other_words_start_nothing(words: list[str], starts: Path) -> None:
     noted(WORDS, Start(SLEEP))
     head = HeadStart(words)
-    assert head.take(Start(SLEEP), {}) is None
+    assert head.take(Start(SLEEP)) is None
     assert len(list(starts.iterdir())) == 1
 
 
@@ -70,7 +70,7 @@ def test_what_is_not_wanted_ends(starts: Path) -> None:
     noted(WORDS, Start(SLEEP))
     (before,) = [path.read_bytes() for path in starts.iterdir()]
     head = HeadStart(WORDS)
-    assert head.take(Start(["/bin/sleep", "1001"]), {}) is None
+    assert head.take(Start(["/bin/sleep", "1001"])) is None
     head.end_of_options(["true"])
     head.end()  # the fixture looks for it
     (after,) = [path.read_bytes() for path in starts.iterdir()]
@@ -90,32 +90,79 @@ def test_what_is_not_wanted_ends(starts: Path) -> None:
 def test_all_that_it_is_told_has_to_be_the_same(other: Start) -> None:
     noted(WORDS, Start(SLEEP, monitor=5, orders=b"two\n"))
     head = HeadStart(WORDS)
-    assert head.take(other, {}) is None
+    assert head.take(other) is None
     head.end()
 
 
-def test_files_have_to_be_the_same(tmp_path: Path) -> None:
+def with_file(path: Path) -> Start:
+    with path.open() as file:
+        return Start(SLEEP, files={6: (str(path), headstart.stamp(file.fileno()))})
+
+
+def test_a_file_goes_along(tmp_path: Path) -> None:
     ram = tmp_path / "ram"
     ram.write_bytes(b"one")
-    start = Start(SLEEP, files={6: str(ram)})
-    noted(WORDS, start)
-    with ram.open() as same:
-        head = HeadStart(WORDS)
-        started = head.take(start, {6: same.fileno()})
-        assert started is not None
-        assert Path(f"/proc/{started.pid}/fd/6").read_bytes() == b"one"
-        release(started)
-        head = HeadStart(WORDS)
-        ram.rename(tmp_path / "old")
+    noted(WORDS, with_file(ram))
+    started = HeadStart(WORDS).take(with_file(ram))
+    assert started is not None
+    assert Path(f"/proc/{started.pid}/fd/6").read_bytes() == b"one"
+    release(started)
+
+
+@pytest.mark.parametrize("change", ["other", "written", "gone", "link", "fifo"])
+def test_a_file_that_is_another_one_is_given_to_nobody(change: str, tmp_path: Path, starts: Path) -> None:
+    """Not even for a moment: what others have put there is for QEMU to trust."""
+    ram, old = tmp_path / "ram", tmp_path / "old"
+    ram.write_bytes(b"one")
+    noted(WORDS, with_file(ram))
+    if change == "written":
         ram.write_bytes(b"two")
-        with ram.open() as other:
-            assert head.take(start, {6: other.fileno()}) is None
-        head.end()
-    ram.unlink()
+    else:
+        ram.rename(old)
+    if change == "other":
+        ram.write_bytes(b"one")
+    if change == "link":
+        ram.symlink_to("old")
+    if change == "fifo":
+        os.mkfifo(ram)
+    spawned: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vmette.native.spawn", lambda *args: spawned.append(args))
+        HeadStart(WORDS).end()
+    assert spawned == []
+
+
+def test_one_that_has_ended_is_not_taken() -> None:
+    start = Start(["/bin/true"])
+    noted(WORDS, start)
     head = HeadStart(WORDS)
-    assert head.take(start, {}) is None
-    ram.symlink_to("old")
-    assert HeadStart(WORDS).take(start, {}) is None
+    assert head._started is not None
+    os.waitid(os.P_PID, head._started.pid, os.WEXITED | os.WNOWAIT)
+    assert head.take(start) is None
+    head.end()
+
+
+def test_what_is_not_wanted_ends_at_once() -> None:
+    noted(WORDS, Start(SLEEP))
+    head = HeadStart(WORDS)
+    assert head._started is not None
+    pid = head._started.pid
+    assert head.take(Start(["/bin/sleep", "1"])) is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_standard_stream_that_is_closed(closed: int, starts: Path) -> None:
+    noted(WORDS, Start(SLEEP))
+    code = f"import os, vmette.headstart as h; os.close({closed}); h.begin({WORDS}); os._exit(h.current is not None)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_children_that_nobody_waits_for(starts: Path) -> None:
+    noted(WORDS, Start(SLEEP))
+    code = f"import vmette.headstart as h, signal; signal.signal(17, signal.SIG_IGN); h.begin({WORDS}); h.end()"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 ECHO = [sys.executable, "-SIc", "import os; os.write(2, os.read(5, 99)); os.write(1, os.read(3, 999)); os.read(4, 1)"]
@@ -124,7 +171,7 @@ ECHO = [sys.executable, "-SIc", "import os; os.write(2, os.read(5, 99)); os.writ
 
 def said(start: Start) -> bytes:
     """What a QEMU would hear."""
-    started = HeadStart(WORDS).take(start, {})
+    started = HeadStart(WORDS).take(start)
     assert started is not None
     assert sorted(started.ends) == [3, 4, 5]
     heard = os.read(started.errors, 5) + os.read(started.errors, 2000)
@@ -150,7 +197,8 @@ def test_what_it_is_told() -> None:
     assert abs(clocks[1] - time.time_ns()) < 60e9
 
 
-NOTES = [b"", b"\0", b"1\0x", b"2" + Start(SLEEP).encode()[1:], b"\xff" * 100, b"1\x000\0\0\x009"]
+LARGE = Start(SLEEP, files={1 << 40: ("/dev/null", "")}).encode()
+NOTES = [LARGE, b"", b"\0", b"2\0x", b"x" + Start(SLEEP).encode()[1:], b"\xff" * 100, b"2\x000\0\0\0\x009"]
 
 
 @pytest.mark.parametrize("note", NOTES)
@@ -159,7 +207,7 @@ def test_a_note_that_is_none(note: bytes, starts: Path) -> None:
     (path,) = starts.iterdir()
     path.write_bytes(note)
     head = HeadStart(WORDS)
-    assert head.take(Start(SLEEP), {}) is None
+    assert head.take(Start(SLEEP)) is None
     head.end()
 
 
@@ -168,14 +216,14 @@ def test_a_note_that_others_could_write_or_read(mode: int, starts: Path) -> None
     noted(WORDS, Start(SLEEP))
     (path,) = starts.iterdir()
     path.chmod(mode)
-    assert HeadStart(WORDS).take(Start(SLEEP), {}) is None
+    assert HeadStart(WORDS).take(Start(SLEEP)) is None
 
 
 def test_a_note_of_another_user(starts: Path) -> None:
     noted(WORDS, Start(SLEEP))
     (path,) = starts.iterdir()
     os.chown(path, 1234, -1)
-    assert HeadStart(WORDS).take(Start(SLEEP), {}) is None
+    assert HeadStart(WORDS).take(Start(SLEEP)) is None
 
 
 def test_a_link_or_a_fifo_is_no_note(starts: Path) -> None:
@@ -183,16 +231,16 @@ def test_a_link_or_a_fifo_is_no_note(starts: Path) -> None:
     (path,) = starts.iterdir()
     path.rename(path.parent / "elsewhere")
     path.symlink_to("elsewhere")
-    assert HeadStart(WORDS).take(Start(SLEEP), {}) is None
+    assert HeadStart(WORDS).take(Start(SLEEP)) is None
     path.unlink()
     os.mkfifo(path, 0o600)
-    assert HeadStart(WORDS).take(Start(SLEEP), {}) is None
+    assert HeadStart(WORDS).take(Start(SLEEP)) is None
 
 
 def test_a_program_that_is_gone(tmp_path: Path) -> None:
     noted(WORDS, Start([str(tmp_path / "gone")]))
     head = HeadStart(WORDS)
-    assert head.take(Start([str(tmp_path / "gone")]), {}) is None
+    assert head.take(Start([str(tmp_path / "gone")])) is None
     head.end()
 
 
@@ -201,12 +249,13 @@ def test_no_more_notes_than_there_may_be(starts: Path) -> None:
         noted(["run", f"spec{number}", "true"], Start(SLEEP))
         os.utime(starts, (number, number))
     assert len(list(starts.iterdir())) == headstart.MAX_NOTES
-    release(HeadStart(["run", f"spec{number}", "true"]).take(Start(SLEEP), {}))
+    release(HeadStart(["run", f"spec{number}", "true"]).take(Start(SLEEP)))
 
 
 def test_many_words(starts: Path) -> None:
     words = ["run", *["-e", "A=B"] * headstart.MAX_WORDS, "spec", "true"]
-    noted(words, Start(SLEEP))
+    headstart.begin(words)
+    assert headstart.current is None
     assert not starts.exists()
 
 
@@ -214,7 +263,7 @@ def test_a_cache_that_cannot_be_written(starts: Path) -> None:
     starts.parent.mkdir()
     starts.write_bytes(b"a file")
     noted(WORDS, Start(SLEEP))
-    assert HeadStart(WORDS).take(Start(SLEEP), {}) is None
+    assert HeadStart(WORDS).take(Start(SLEEP)) is None
 
 
 def test_nothing_stands_before_it() -> None:

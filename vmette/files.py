@@ -45,8 +45,10 @@ def synced(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Writes a file, and its directory if need be, so that it is there whole or as it was.
+
+    One that is not `durable` may be empty if this computer stops at once.
 
     Raises:
         OSError: it cannot be written.
@@ -59,7 +61,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         Path(staging).replace(path)
     except BaseException:
         Path(staging).unlink(missing_ok=True)

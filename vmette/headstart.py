@@ -6,6 +6,10 @@ that it decides: when the time has come to start QEMU, with everything checked a
 it was started in exactly that way, and ended otherwise. The guest has been told no more by then than who it is, and
 begins nothing by itself.
 
+A note is as good as a program that this user runs. So notes are where the machines that stay have theirs, which nobody
+shares or unpacks as one does a cache; and what they name of saved machines is handed to QEMU only if it is what it was
+when all of it had been checked.
+
 Nothing is imported here that Python has not read for itself: this module is what stands before the start.
 """
 
@@ -21,13 +25,13 @@ TYPE_CHECKING = False  # `typing` is one of the modules that are not read yet
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-FORMAT = "1"
+FORMAT = "2"
 MAX_NOTES = 64
 """More are not kept: those that were written last are."""
 MAX_NOTE = 1 << 16
 """Bytes."""
 MAX_WORDS = 64
-"""Before a command. With more of them there is no head start."""
+"""A run with more of them has no head start."""
 
 # Descriptors of the QEMU process that every machine has.
 CONTROL_FD, CONSOLE_FD = 3, 4
@@ -52,6 +56,12 @@ def _filled(hello: bytes, seed: bytes, clock: int) -> bytes:
     return bytes(frame)
 
 
+def stamp(fd: int) -> str:
+    """What changes when a file becomes another one, or is written to."""
+    status = os.fstat(fd)
+    return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
 class Start:
     """How a QEMU is started.
 
@@ -59,7 +69,7 @@ class Start:
         argv: Its arguments, the path of the program first.
         monitor: Its descriptor that is a monitor; 0 if it has none.
         orders: What its monitor is told at once.
-        files: Its descriptors that are files for reading, with their paths.
+        files: Its descriptors that are files for reading, with their paths and :func:`stamp`.
         hello: What its guest is told at once: nothing, or HELLO (docs/protocol.md).
     """
 
@@ -68,7 +78,7 @@ class Start:
         argv: Sequence[str],
         monitor: int = 0,
         orders: bytes = b"",
-        files: Mapping[int, str] | None = None,
+        files: Mapping[int, tuple[str, str]] | None = None,
         hello: bytes = b"",
     ) -> None:
         self.argv = list(argv)
@@ -79,7 +89,7 @@ class Start:
 
     def encode(self) -> bytes:
         """For a note."""
-        files = [text for number, path in self.files.items() for text in (str(number), path)]
+        files = [text for number, (path, state) in self.files.items() for text in (str(number), path, state)]
         words = [FORMAT, str(self.monitor), self.orders.hex(), self.hello.hex(), str(len(self.files)), *files]
         return b"\0".join(map(os.fsencode, [*words, *self.argv]))
 
@@ -93,8 +103,8 @@ class Start:
         version, monitor, orders, hello, count, *rest = map(os.fsdecode, note.split(b"\0"))
         if version != FORMAT:
             raise ValueError
-        files = {int(rest[2 * i]): rest[2 * i + 1] for i in range(int(count))}
-        return cls(rest[2 * len(files) :], int(monitor), bytes.fromhex(orders), files, bytes.fromhex(hello))
+        files = {int(rest[3 * i]): (rest[3 * i + 1], rest[3 * i + 2]) for i in range(int(count))}
+        return cls(rest[3 * len(files) :], int(monitor), bytes.fromhex(orders), files, bytes.fromhex(hello))
 
 
 class Started:
@@ -105,10 +115,13 @@ class Started:
         self.files: dict[int, int] = {}
         self.ends: dict[int, int] = {}
         self.errors = -1
+        self._gone = False
         theirs: dict[int, int] = {}
         try:
-            for number, path in start.files.items():
-                self.files[number] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            for number, (path, state) in start.files.items():
+                self.files[number] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                if stamp(self.files[number]) != state:
+                    raise FileNotFoundError
             for number in {CONTROL_FD, CONSOLE_FD, start.monitor} - {0}:
                 ours, connection = _socket.socketpair()
                 self.ends[number], theirs[number] = ours.detach(), connection.detach()
@@ -131,21 +144,28 @@ class Started:
             for fd in set(theirs.values()):
                 os.close(fd)
 
-    def is_as(self, start: Start, fds: Mapping[int, int]) -> bool:
-        """Whether `start`, with `fds` for its files, would start the very same."""
-        return self.start.encode() == start.encode() and all(
-            os.path.samestat(os.fstat(fd), os.fstat(fds[number])) for number, fd in self.files.items()
-        )
-
     def close(self) -> None:
         """Closes this side's ends."""
         for fd in {*self.files.values(), *self.ends.values(), self.errors} - {-1}:
             os.close(fd)
 
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended by itself."""
+        try:
+            self._gone = self._gone or os.waitpid(self.pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:  # nobody here waits for children
+            self._gone = True
+        return not self._gone
+
     def kill(self) -> None:
         """Ends it."""
-        os.kill(self.pid, 9)
-        os.waitpid(self.pid, 0)
+        from contextlib import suppress
+
+        if self.runs:
+            os.kill(self.pid, 9)
+            with suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
         self.close()
 
 
@@ -160,16 +180,16 @@ class HeadStart:
         self._words = words
         self._before = 0
         """How many of them come before the command."""
-        self._read = b""
-        self._noted = b""
+        self._note = ""
+        """Where the note is that was read."""
+        self._read = self._noted = b""
         self._started: Started | None = None
-        if len(words) > MAX_WORDS:
-            return
         for count in range(len(words), 1, -1):
+            self._note = _path(words[:count])
             try:
-                self._read = _read(_path(words[:count]))
+                self._read = _read(self._note)
                 self._started = Started(Start.decode(self._read))
-            except (OSError, ValueError, IndexError):
+            except (OSError, ValueError, IndexError, OverflowError):
                 continue
             return
 
@@ -177,24 +197,33 @@ class HeadStart:
         """The `command` is what its arguments end with."""
         self._before = len(self._words) - len(command)
 
-    def take(self, start: Start, fds: Mapping[int, int]) -> Started | None:
-        """What runs already as `start` says, with `fds` for its files: the caller's from now on. None if nothing does.
+    def take(self, start: Start) -> Started | None:
+        """What runs already as `start` says: the caller's from now on. None if nothing does.
 
         The next run begins like that, too.
         """
+        from contextlib import suppress
+
         self._noted = start.encode()
         started = self._started
-        if started is None or not started.is_as(start, fds):
+        if started is None or started.start.encode() != self._noted or not started.runs:
+            self.drop()
             return None
         self._started = None
+        with suppress(OSError):
+            os.utime(self._note)  # it was of use
         return started
 
-    def end(self) -> None:
-        """Ends what nobody has taken, and notes what was wanted."""
+    def drop(self) -> None:
+        """Ends what is not wanted."""
         started, self._started = self._started, None
         if started is not None:
             started.kill()
-        if self._before and self._noted and self._noted != self._read and self._before <= MAX_WORDS:
+
+    def end(self) -> None:
+        """Ends what nobody has taken, and notes what was wanted."""
+        self.drop()
+        if self._before and self._noted and self._noted != self._read:
             _write(_path(self._words[: self._before]), self._noted)
 
 
@@ -205,7 +234,12 @@ current: HeadStart | None = None
 def begin(words: Sequence[str]) -> None:
     """Begins it, for a program that was called with `words`."""
     global current
-    if words[:1] == ["run"] and sys.platform == "linux":
+    try:
+        for fd in range(3):  # one that is closed would be given to the machine, and then taken for the user's
+            os.fstat(fd)
+    except OSError:
+        return
+    if words[:1] == ["run"] and len(words) <= MAX_WORDS and sys.platform == "linux":
         current = HeadStart(words)
 
 
@@ -217,10 +251,10 @@ def end() -> None:
 
 def _path(words: Sequence[str]) -> str:
     """Of the note for words before a command: it does not tell these, and has to differ as a rule only."""
-    from .homes import cache
+    from .homes import state
 
     text = b"\0".join(map(os.fsencode, words))
-    return os.path.join(cache() or os.devnull, "starts", f"{zlib.crc32(text):08x}{zlib.adler32(text):08x}")
+    return os.path.join(state() or os.devnull, "starts", f"{zlib.crc32(text):08x}{zlib.adler32(text):08x}")
 
 
 def _read(path: str) -> bytes:
@@ -248,7 +282,7 @@ def _write(path: str, note: bytes) -> None:
 
     with suppress(OSError):
         if len(note) < MAX_NOTE:
-            write_atomically(Path(path), note)
+            write_atomically(Path(path), note, durable=False)
         notes = [(note.stat().st_mtime, note) for note in Path(path).parent.iterdir()]
         for _, old in sorted(notes)[:-MAX_NOTES]:
             old.unlink()

@@ -25,7 +25,8 @@ TAKEN = b"vmette: a head start: it runs already\n"
 def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the notes are, of this test alone."""
     monkeypatch.setenv("VMETTE_CACHE_DIR", str(tmp_path / "cache"))
-    yield tmp_path / "cache/starts"
+    monkeypatch.setenv("VMETTE_STATE_DIR", str(tmp_path / "state"))
+    yield tmp_path / "state/starts"
     wait_until(lambda: not builders(), "the end of all that makes templates")
 
 
@@ -115,3 +116,24 @@ def test_a_signal_before_it_is_known_what_is_wanted(number: signal.Signals, cli:
         assert b"Traceback" not in process.stderr.read()
     assert process.returncode in {128 + number, -number}
     wait_until(lambda: vmms() == before, "the end of the VM")
+
+
+def test_a_disk_is_free_when_it_is_wanted(tmp_path: Path, cli: Cli) -> None:
+    """A machine that is not wanted holds its lock no longer."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    options = ["run", "--debug", "--disk", disk, "--rootfs", BASE]
+    assert cli(*options, "true").returncode == 0
+    done = cli(*options, "--net", "true")
+    assert (done.returncode, TAKEN in done.stderr) == (0, False)
+    done = cli(*options, "true")
+    assert (done.returncode, TAKEN in done.stderr) == (0, True)
+
+
+def test_a_snapshot(tmp_path: Path, cli: Cli) -> None:
+    with vmette.Sandbox(BASE) as sandbox:
+        sandbox.run(["touch", "/run/there"])
+        sandbox.snapshot(tmp_path / "snapshot")
+    for taken in (False, True, True):
+        done = cli("run", "--debug", "--snapshot", tmp_path / "snapshot", "ls", "/run/there")
+        assert (done.stdout, TAKEN in done.stderr) == (b"/run/there\n", taken)

@@ -70,7 +70,7 @@ def identity(config: MachineConfig) -> dict[str, str]:
     from . import probe
 
     system, _, *rest = os.uname()  # but for its name
-    host = " ".join([system, *rest, _processor()])
+    host = " ".join([system, *rest, processor()])
     if name() == "vz":
         from .vz import program
 
@@ -85,7 +85,7 @@ def identity(config: MachineConfig) -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
     """The model of this host's first processor: a guest knows how fast its clock ticks, emulated or not."""
     try:
         with Path("/proc/cpuinfo").open("rb", buffering=0) as file:

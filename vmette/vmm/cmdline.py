@@ -92,11 +92,23 @@ def _x86_clocks() -> list[str]:
     which never come: half of the boots hang. Told the frequency, it measures nothing. Nor is the PIT's interrupt
     tested then, nor the counter watched against a clock that is not there.
     """
-    khz = probe.recalled("tsc-khz", {"boot": probe.boot_id()}, _tsc_khz, int)
+    from . import processor
+
+    try:
+        khz = probe.recalled("tsc-khz", {"boot": probe.boot_id(), "host": processor()}, _tsc_khz, int)
+    except _UnknownError:
+        khz = 0
     return ["no_timer_check", "tsc=reliable", *([f"tsc_early_khz={khz}"] if khz else [])]
+
+
+class _UnknownError(Exception):
+    """The frequency could not be measured; the next time it may."""
 
 
 def _tsc_khz() -> int:
     from .._native import lib
 
-    return sorted(int(lib.vmette_tsc_khz()) for _ in range(3))[1]
+    khz = sorted(int(lib.vmette_tsc_khz()) for _ in range(3))[1]
+    if not khz:
+        raise _UnknownError
+    return khz

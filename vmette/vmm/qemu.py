@@ -214,20 +214,22 @@ class QemuMachine(VirtualMachine):
         """A QEMU that runs already, just like this one: see :mod:`vmette.headstart`."""
         head, saved = headstart.current, self.config.saved
         fixed = attached == Attached(monitor=attached.monitor, memory=attached.memory, incoming=attached.incoming)
-        if head is None or not fixed or self._daemons or self.config.savable or self.config.network:
+        if head is None:
+            return None
+        if not fixed or self._daemons or self.config.savable or self.config.network:
+            head.drop()
             return None
         start = headstart.Start(argv)
         if saved is not None:
             assert attached.monitor is not None and attached.memory is not None and attached.incoming is not None
             with socket.fromfd(self._fds[attached.monitor], socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
                 orders = monitor.recv(65536, socket.MSG_PEEK)
-            # As the kernel has their paths: a snapshot's are those of an open directory.
-            files = {
-                fd: str(Path(f"/proc/self/fd/{self._fds[fd]}").readlink())
-                for fd in (attached.memory, attached.incoming)
-            }
+            files = {}
+            for number in (attached.memory, attached.incoming):
+                fd = self._fds[number]  # by the path that the kernel has: a snapshot's is that of an open directory
+                files[number] = str(Path(f"/proc/self/fd/{fd}").readlink()), headstart.stamp(fd)
             start = headstart.Start(argv, attached.monitor, orders, files, self._wake())
-        if (started := head.take(start, self._fds)) is None:
+        if (started := head.take(start)) is None:
             return None
         logger.debug("a head start: it runs already")
         self.greeted = bool(start.hello)
