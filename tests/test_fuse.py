@@ -1188,3 +1188,42 @@ def test_any_bytes(top: Path, data: list[bytes]) -> None:
                 list(server.receive(piece))
         except ProtocolError:
             pass
+
+
+# --- the process that all servers share
+
+
+def test_servers_share_a_budget_of_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = fuse._budget._used
+    monkeypatch.setattr(fuse._Budget, "size", used + 8)
+    (tmp_path / "file").write_bytes(b"")
+    one, two = (Client(DirectoryServer(tmp_path, read_only=True)) for _ in range(2))
+    for client in (one, two):
+        client.server._max_files = client.server._max_listings = 100
+    handles = [one.open(one.lookup(b"file").nodeid) for _ in range(5)]
+    listing = two.opendir()
+    two.open(two.lookup(b"file").nodeid)
+    for client in (one, two):
+        fails(errno.EMFILE, client.open, client.lookup(b"file").nodeid)
+        fails(errno.EMFILE, client.opendir)
+    one.release(handles[0])
+    two.open(two.lookup(b"file").nodeid)
+    assert two.ask(Opcode.RELEASEDIR, ROOT, fuse.RELEASE_IN.pack(listing)) == b""
+    one.open(one.lookup(b"file").nodeid)
+    one.server.close()
+    two.server.close()
+    assert fuse._budget._used == used
+
+
+def test_a_file_system_that_counts_to_minus_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fstatvfs
+
+    def unlimited(fd: int) -> os.statvfs_result:
+        values = list(real(fd))
+        values[6] = -1
+        return os.statvfs_result(values)
+
+    monkeypatch.setattr(os, "fstatvfs", unlimited)
+    client = Client(DirectoryServer(tmp_path, read_only=True))
+    assert fuse.STATFS_OUT.unpack(client.ask(Opcode.STATFS, ROOT))[4] == (1 << 64) - 1
+    client.server.close()

@@ -5,7 +5,8 @@ include/uapi/linux/fuse.h (protocol 7.28 to 7.38, little-endian); `struct` comme
 
 The guest is hostile, and its root can send any request. So a name is one component and is only ever used relative to a
 descriptor of its directory; no symlink is followed; and what is found under a name is compared with what was known
-there before it is used. Who else changes the directory meanwhile, on the host, makes an ESTALE of it, never a way out.
+there before it is used. Who else changes the directory meanwhile, on the host, makes an ESTALE of it, never a way out;
+but what he moves out of it may be reached for a second more (FRESH), and as long as it is open.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -44,13 +46,15 @@ MAX_LISTING = 32768
 MAX_BACKGROUND = 64
 """Requests that the guest's kernel may send ahead (read-ahead, write-back)."""
 
-MAX_NODES = 1 << 20
+MAX_NODES = 1 << 18
 """Files that a guest may know at once, of some 400 bytes each. Its kernel forgets those that leave its cache."""
 MAX_FILES = 1024
 MAX_LISTINGS = 256
 """Files and directories that a guest may have open at once; fewer if this process may not open many."""
 MAX_CACHED = 64
 """Descriptors of directories that are kept, so that a path need not be walked again."""
+MAX_ALLOCATION = 1 << 30
+"""Bytes that one FALLOCATE gets: where the host's file system has no such thing, libc writes to each block of them."""
 MAX_DEPTH = 2048
 """Directories that a walk goes through at most: as many as a path of Linux can name."""
 MAX_SKIP = 1 << 17
@@ -227,6 +231,41 @@ _NO_ENTRY = bytes(ENTRY_OUT.size)
 
 def _error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
+
+
+class _Budget:
+    """The descriptors that all servers of this process have together: half of those that it may have open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._used = 0
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return 8 * MAX_FILES if most == resource.RLIM_INFINITY else most // 2
+
+    def take(self, count: int) -> None:
+        """Before so many are opened.
+
+        Raises:
+            OSError: EMFILE: there are no more.
+        """
+        with self._lock:
+            if self._used + count > self.size:
+                raise _error(errno.EMFILE)
+            self._used += count
+
+    def give(self, count: int) -> None:
+        """After so many have been closed."""
+        with self._lock:
+            self._used -= count
+
+
+_budget = _Budget()
 
 
 # --- names and attributes
@@ -483,20 +522,28 @@ class _Nodes:
                 self.let_go(node)
                 raise
         else:
+            _budget.take(1)
             try:
-                fd = os.open(node.name, _PLACE, dir_fd=above)
-            except OSError as error:
-                raise _stale(error) from None
-            if _identity(os.fstat(fd)) != node.identity:
-                os.close(fd)
-                raise _error(errno.ESTALE)
-            node.fd = fd
+                node.fd = self._opened(node, above)
+            except OSError:
+                _budget.give(1)
+                raise
             self._kept[node] = None
             if len(self._kept) > MAX_CACHED:
                 self.let_go(next(iter(self._kept)))
         node.checked = checked
         self._kept.move_to_end(node)
         return node.fd
+
+    def _opened(self, node: _Node, above: int) -> int:
+        try:
+            fd = os.open(node.name, _PLACE, dir_fd=above)
+        except OSError as error:
+            raise _stale(error) from None
+        if _identity(os.fstat(fd)) != node.identity:
+            os.close(fd)
+            raise _error(errno.ESTALE)
+        return fd
 
     def verified(self, node: _Node, above: int) -> os.stat_result:
         """The status of `node`, which is in the directory `above`.
@@ -526,13 +573,12 @@ class _Nodes:
             os.close(node.fd)
             node.fd = -1
             del self._kept[node]
+            _budget.give(1)
 
     def clear(self) -> None:
         """Forgets all but the root."""
-        for node in self._kept:
-            os.close(node.fd)
-            node.fd = -1
-        self._kept.clear()
+        while self._kept:
+            self.let_go(next(iter(self._kept)))
         for node in self._by_id.values():
             node.parent = None
         self.root.children = 0
@@ -561,6 +607,10 @@ class _File:
 
 _Name = tuple[bytes, int, int]
 """A name of a directory, its inode and its type (S_IFMT >> 12, 0 if that is not known)."""
+
+
+LISTING_FDS = 2
+"""Descriptors of a directory that is open: its own, and the one that scandir makes."""
 
 
 class _Listing:
@@ -656,15 +706,10 @@ class DirectoryServer:
         Raises:
             OSError: it cannot be opened, or is none.
         """
-        import resource
-
         self._root = os.geteuid() == 0
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if most == resource.RLIM_INFINITY:
-            most = 8 * MAX_FILES
-        # The descriptors of this process are not the guest's alone. A listing takes two.
-        self._max_files = min(MAX_FILES, most // 2)
-        self._max_listings = min(MAX_LISTINGS, most // 8)
+        # The descriptors of this process are not the guest's alone, nor are they this guest's.
+        self._max_files = min(MAX_FILES, _budget.size // 2)
+        self._max_listings = min(MAX_LISTINGS, _budget.size // 8)
         self._read_only = read_only
         self._in = bytearray()
         self._wanted = 0
@@ -805,9 +850,10 @@ class DirectoryServer:
         for file in self._files.values():
             os.close(file.fd)
             file.node.files = None
-        self._files.clear()
         for listing in self._listings.values():
             listing.close()
+        _budget.give(len(self._files) + LISTING_FDS * len(self._listings))
+        self._files.clear()
         self._listings.clear()
         self._nodes.clear()
 
@@ -919,8 +965,8 @@ class DirectoryServer:
             _chmod(*self._nodes.place(node), mode, node.identity)
 
     def _allowed(self, mode: int, kind: int) -> int:
-        """`mode`, without what would have a program of the guest's run as this user."""
-        return mode & (0o7777 if self._root else 0o3777 if kind == stat.S_IFDIR else 0o1777)
+        """`mode`, without what would have a program of the guest's run as somebody else on this host."""
+        return mode & (0o3777 if kind == stat.S_IFDIR else 0o1777)
 
     def _set_size(self, node: _Node, file: _File | None, size: int) -> None:
         if size > MAX_OFFSET:
@@ -970,11 +1016,11 @@ class DirectoryServer:
             self._nodes.directory(node if node.kind == stat.S_IFDIR else node.parent or self._nodes.root)
         )
         return STATFS_OUT.pack(
-            status.f_blocks,
-            status.f_bfree,
-            status.f_bavail,
-            status.f_files,
-            status.f_ffree,
+            status.f_blocks & _U64,  # some file systems have -1
+            status.f_bfree & _U64,
+            status.f_bavail & _U64,
+            status.f_files & _U64,
+            status.f_ffree & _U64,
             status.f_bsize & 0xFFFFFFFF,
             MAX_NAME,
             status.f_frsize & 0xFFFFFFFF,
@@ -1153,7 +1199,12 @@ class DirectoryServer:
             raise
 
     def _handle(self, fd: int, node: _Node, flags: int) -> bytes:
-        """Makes `fd` an open file of the guest's."""
+        """Makes `fd` an open file of the guest's, or closes it."""
+        try:
+            _budget.take(1)
+        except OSError:
+            os.close(fd)
+            raise
         file = _File(fd, node)
         if node.files is None:
             node.files = []
@@ -1217,8 +1268,12 @@ class DirectoryServer:
         except BaseException:
             os.close(fd)
             raise
-        entry = ENTRY_OUT.pack(node.id, 0, VALID, VALID, 0, 0, *self._attributes(status))
-        return entry + self._handle(fd, node, 0)
+        try:
+            opened = self._handle(fd, node, 0)
+        except OSError:
+            self._nodes.forget(node.id, 1)  # the kernel does not hear of it
+            raise
+        return ENTRY_OUT.pack(node.id, 0, VALID, VALID, 0, 0, *self._attributes(status)) + opened
 
     def _create_existing(self, parent: _Node, directory: int, name: bytes, flags: int) -> bytes:
         """The answer to a CREATE of what somebody else has made in the meantime."""
@@ -1257,6 +1312,7 @@ class DirectoryServer:
         assert file.node.files is not None
         file.node.files.remove(file)
         os.close(file.fd)
+        _budget.give(1)
         return b""
 
     def _fsync(self, _: int, body: bytes) -> bytes:
@@ -1271,6 +1327,8 @@ class DirectoryServer:
             raise _error(errno.EOPNOTSUPP)
         if offset > MAX_OFFSET or length > MAX_OFFSET - offset:
             raise _error(errno.EFBIG)
+        if length > MAX_ALLOCATION:
+            raise _error(errno.EOPNOTSUPP)
         self._drop_privileges(fd)
         os.posix_fallocate(fd, offset, length)
         return b""
@@ -1294,8 +1352,13 @@ class DirectoryServer:
         node = self._nodes.get(nodeid)
         if len(self._listings) >= self._max_listings:
             raise _error(errno.EMFILE)
-        # Opened anew: two that read share no position.
-        fd = os.open(b".", _DIRECTORY, dir_fd=self._nodes.directory(node))
+        place = self._nodes.directory(node)
+        _budget.take(LISTING_FDS)
+        try:
+            fd = os.open(b".", _DIRECTORY, dir_fd=place)  # anew: two that read share no position
+        except OSError:
+            _budget.give(LISTING_FDS)
+            raise
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._listings[handle] = _Listing(fd, node)
         return OPEN_OUT.pack(handle, 0)
@@ -1341,6 +1404,7 @@ class DirectoryServer:
         (handle,) = RELEASE_IN.unpack(body)
         self._listing(handle).close()
         del self._listings[handle]
+        _budget.give(LISTING_FDS)
         return b""
 
     def _fsyncdir(self, _: int, body: bytes) -> bytes:

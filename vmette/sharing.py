@@ -9,9 +9,9 @@ import logging
 import os
 import queue
 import socket
-import tempfile
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from subprocess import PIPE
 from typing import TYPE_CHECKING
 
 from .config import Command, Share
@@ -44,33 +44,43 @@ class SharedDirectory:
         self._sandbox = sandbox
         asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         what = f"{share.path} cannot be shared at {share.target}"
-        try:
-            server = DirectoryServer(share.path, read_only=share.read_only)
-        except OSError as error:
-            raise ConfigError(f"{what}: {reason(error)}") from error
-        self._ours, theirs = socket.socketpair()
-        with theirs, tempfile.TemporaryFile() as said:
+        with ExitStack() as undo:
+            try:
+                server = DirectoryServer(share.path, read_only=share.read_only)
+                undo.callback(server.close)
+                self._ours, theirs = socket.socketpair()
+            except OSError as error:
+                raise ConfigError(f"{what}: {reason(error)}") from error
+            undo.callback(self._ours.close)
+            undo.enter_context(theirs)
             theirs.setblocking(False)
+            self._ours.settimeout(None)  # whatever socket.setdefaulttimeout has been told
             # It knows nothing of the sandbox, which so can be collected as garbage.
             serving = (self._ours, server, asked)
             threading.Thread(target=_serve, args=serving, name="vmette-share", daemon=True).start()
-            words = (b"share", os.fsencode(share.target), *([b"ro"] if share.read_only else []))
-            command = Command(words, builtin=True, background=True)
+            undo.pop_all()
+        try:
+            with theirs:
+                words = (b"share", os.fsencode(share.target), *([b"ro"] if share.read_only else []))
+                command = Command(words, builtin=True, background=True)
+                self._process = Popen(sandbox, session, command, theirs.fileno(), theirs.fileno(), PIPE)
+            self._await_mount(asked, what)
+        except BaseException:
+            self._hang_up()
+            raise
+
+    def _await_mount(self, asked: queue.SimpleQueue[bool], what: str) -> None:
+        said = self._process.stderr
+        assert said is not None
+        with said:  # nobody listens any longer: what the guest says there has no end
             try:
-                self._process = Popen(sandbox, session, command, theirs.fileno(), theirs.fileno(), said.fileno())
-            except BaseException:
-                self._hang_up()
-                raise
-            theirs.close()
-            try:
-                mounted = asked.get(timeout=ANSWER_SECONDS)
-                if not mounted:
-                    self._process.wait(ANSWER_SECONDS)
+                if asked.get(timeout=ANSWER_SECONDS):
+                    return
+                self._process.wait(ANSWER_SECONDS)
             except (queue.Empty, TimeoutExpired):
                 self._process.kill()
                 raise GuestError(f"{what}: the guest does not answer") from None
-            if not mounted:
-                raise GuestError(f"{what}: {_why(os.pread(said.fileno(), MAX_CONTROL, 0))}")
+            raise GuestError(f"{what}: {_why(said.read(MAX_CONTROL))}")
 
     def __enter__(self) -> SharedDirectory:
         return self
@@ -93,8 +103,8 @@ class SharedDirectory:
         except TimeoutExpired:
             self._process.kill()
             raise GuestError(f"the guest does not let go of {self.target}") from None
-        except VmetteError:
-            pass  # the sandbox has ended
+        except (VmetteError, OSError):
+            pass  # the sandbox has ended, or the guest was cut off
 
     def _hang_up(self) -> None:
         with suppress(OSError):
@@ -114,16 +124,19 @@ def _serve(connection: socket.socket, server: DirectoryServer, asked: queue.Simp
     greeted = False
     try:
         with connection:
-            while data := connection.recv(PIECE):
-                if not greeted:
-                    greeted = True
-                    asked.put(True)
-                for reply in server.receive(data):
-                    connection.sendall(reply)
+            try:
+                while data := connection.recv(PIECE):
+                    if not greeted:
+                        greeted = True
+                        asked.put(True)
+                    for reply in server.receive(data):
+                        connection.sendall(reply)
+            except OSError:  # this side has hung up. To leave requests unread would cut the guest off: it is to unmount
+                with suppress(OSError):
+                    while connection.recv(PIECE):
+                        pass
     except ProtocolError as error:
         logger.warning("a share is taken away: %s", error)
-    except OSError as error:  # the sandbox is gone
-        logger.debug("a share has ended: %s", reason(error))
     finally:
         server.close()
         asked.put(False)

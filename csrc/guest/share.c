@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
@@ -129,6 +130,7 @@ static void stay_alive(void) {
 void serve_share(const char *target, bool read_only) {
     const int device = open_device();
     stay_alive();
+    signal(SIGPIPE, SIG_IGN); /* it is to unmount */
     mount_share(device, target, read_only);
     /* Answers are taken whatever becomes of requests: were one to wait for the other, both sides could for ever. */
     fcntl(STDOUT_FILENO, F_SETFL, O_NONBLOCK);
@@ -141,5 +143,6 @@ void serve_share(const char *target, bool read_only) {
         if (fds[1].revents != 0 && !(sending ? send_request() : take_request(device))) break;
         if (!sending && request_sent < request_used && !send_request()) break;
     }
+    close(device); /* first: the way there may lead through this very file system, which nobody answers for any more */
     umount2(target, MNT_DETACH | UMOUNT_NOFOLLOW);
 }

@@ -6,6 +6,8 @@ import asyncio
 import gc
 import hashlib
 import os
+import socket
+import stat
 import threading
 import time
 import weakref
@@ -306,3 +308,49 @@ def test_the_time_of_a_file(sandbox: vmette.Sandbox, tree: Path) -> None:
         assert (tree / "file").stat().st_mtime == 981173106
         text(sandbox, "touch /work/file")
     assert abs((tree / "file").stat().st_mtime - time.time()) < 60
+
+
+def test_a_guest_that_says_much_fills_nothing(sandbox: vmette.Sandbox, tree: Path) -> None:
+    """On the stderr of the function, which nobody reads once it is there."""
+    with sandbox.share(tree, "/work", read_only=True):
+        pid = text(sandbox, "for p in /proc/[0-9]*; do ls -l $p/fd | grep -q /dev/fuse && echo ${p#/proc/}; done; true")
+        done = sandbox.run(["sh", "-c", f"timeout 20 head -c 2000000 /dev/zero > /proc/{pid.strip()}/fd/2"])
+        assert done.returncode != 0
+        assert text(sandbox, "cat /work/file") == "of the host\n"
+
+
+def test_one_that_is_busy_is_taken_away_whole(sandbox: vmette.Sandbox, tree: Path) -> None:
+    (tree / "large").write_bytes(bytes(64 << 20))
+    shared = sandbox.share(tree, "/work")
+    script = "for i in 1 2 3 4; do cat /work/large > /work/copy$i & done; echo; wait"
+    with sandbox.popen(["sh", "-c", script]) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        shared.close()
+    assert text(sandbox, "grep -c fuse /proc/mounts || true") == "0\n"
+
+
+def test_one_over_the_way_to_another(sandbox: vmette.Sandbox, tree: Path, tmp_path: Path) -> None:
+    """The outer one goes first: the way to the inner one's place is dead then."""
+    (tree / "inner").mkdir()
+    outer, inner = sandbox.share(tree, "/work"), sandbox.share(tmp_path, "/work/inner")
+    outer.close()
+    inner.close()
+    assert text(sandbox, "echo fine") == "fine\n"
+
+
+def test_sockets_have_a_time_out_in_this_program(sandbox: vmette.Sandbox, tree: Path) -> None:
+    socket.setdefaulttimeout(0.2)
+    try:
+        with sandbox.share(tree, "/work"):
+            time.sleep(0.6)
+            assert text(sandbox, "cat /work/file") == "of the host\n"
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_set_user_id_bits_stay_in_the_guest(sandbox: vmette.Sandbox, tree: Path) -> None:
+    with sandbox.share(tree, "/work"):
+        text(sandbox, "cp /bin/busybox /work/root; chmod 6755 /work/root; chmod 2777 /work/below")
+    assert stat.S_IMODE((tree / "root").stat().st_mode) == 0o755
+    assert stat.S_IMODE((tree / "below").stat().st_mode) == 0o2777
