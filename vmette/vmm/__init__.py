@@ -75,9 +75,10 @@ def identity(config: MachineConfig) -> dict[str, str]:
         from .vz import program
 
         return {"vmette-vz": probe.identity(program().path), "macOS": host}
-    from .qemu import binary
+    from .qemu import binary, cpu
 
-    found = {"QEMU": probe.identity(binary(config.arch)), "the accelerator": config.accel, "this host": host}
+    accelerator = f"{config.accel} {cpu(config.arch, config.accel)}"
+    found = {"QEMU": probe.identity(binary(config.arch)), "the accelerator": accelerator, "this host": host}
     if config.network:  # the guest knows whom to ask for names
         from .passt import find
 

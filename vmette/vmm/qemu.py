@@ -75,6 +75,11 @@ def binary(arch: str) -> Path:
     return found
 
 
+def cpu(arch: str, accel: str) -> str:
+    """The model of a machine's processors."""
+    return "host" if accel == "kvm" else CPUS[arch]
+
+
 def choose_accel(config: MachineConfig) -> str:
     """`kvm` or `tcg`: what the configuration asks for, or KVM where it boots this guest kernel.
 
@@ -418,7 +423,7 @@ def command_line(config: MachineConfig, accel: str, serve: Serve, attached: Atta
         ConfigError: the kernel command line is too long, or there are more devices than places for them.
     """
     attached = attached or Attached()
-    argv = [str(binary(config.arch)), "-accel", accel, "-cpu", "host" if accel == "kvm" else CPUS[config.arch]]
+    argv = [str(binary(config.arch)), "-accel", accel, "-cpu", cpu(config.arch, accel)]
     argv += ["-m", f"{config.mem_mib}M", "-smp", str(config.vcpus)]
     argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-sandbox", SANDBOX]
     # Virtio 1.0: vhost-user devices know nothing older, and virtio-mmio is older unless told otherwise.
