@@ -206,7 +206,7 @@ static void compose(struct vz_machine *m, const struct vz_config *config) {
     add(m, "-accel");
     add(m, "tcg");
     add(m, "-cpu");
-    add(m, arm ? "max,pauth-impdef=on" : "max");
+    add(m, arm ? "max,pauth-impdef=on,sve=off,sme=off" : "max");
     add(m, "-M");
     add(m, arm ? "virt,gic-version=3" : "microvm,acpi=on,isa-serial=off,rtc=on");
     if (!arm) {
