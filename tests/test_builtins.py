@@ -982,6 +982,11 @@ def test_what_holds_no_certificates_is_refused(tmp_path: Path, data: bytes, code
 # --- Shares
 
 
+with_fuse = pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="only root can mount FUSE, where the kernel has it"
+)
+
+
 @pytest.fixture
 def guest(tmp_path: Path) -> Path:
     """A root directory with the device."""
@@ -997,7 +1002,7 @@ def share(root: Path, *args: str) -> subprocess.Popen[bytes]:
     )
 
 
-@as_root
+@with_fuse
 def test_a_share_is_served_over_stdin_and_stdout(guest: Path, tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/file").write_bytes(b"data")
@@ -1023,7 +1028,7 @@ def test_a_share_is_served_over_stdin_and_stdout(guest: Path, tmp_path: Path) ->
     assert list((guest / "a/b").iterdir()) == []
 
 
-@as_root
+@with_fuse
 @pytest.mark.parametrize("length", [0, 15, 262_145, 0xFFFFFFFF])
 def test_answers_that_are_none(length: int, guest: Path) -> None:
     with share(guest, "/work", "ro") as process:
@@ -1036,7 +1041,7 @@ def test_answers_that_are_none(length: int, guest: Path) -> None:
         assert process.stderr.read() == b""
 
 
-@as_root
+@with_fuse
 def test_answers_that_nobody_waits_for(guest: Path) -> None:
     with share(guest, "/work") as process:
         assert process.stdin is not None
@@ -1049,7 +1054,7 @@ def test_answers_that_nobody_waits_for(guest: Path) -> None:
         assert process.wait(60) == 0
 
 
-@as_root
+@with_fuse
 def test_where_a_share_cannot_be(guest: Path) -> None:
     (guest / "file").write_bytes(b"")
     assert bad("--root", guest, "share", "work")[1] == "share: work: it is no absolute path"

@@ -23,6 +23,10 @@ import pytest
 
 from vmette.fuse import MAX_REQUEST, VALID, DirectoryServer
 
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="only root can mount FUSE, where the kernel has it"
+)
+
 MNT_DETACH = 2
 MS_RDONLY = 1
 MS_BIND = 4096
