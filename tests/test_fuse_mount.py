@@ -13,8 +13,8 @@ import shutil
 import stat
 import subprocess
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,59 +40,57 @@ def _mount(source: Path, target: Path, kind: str, flags: int = 0, data: str = ""
         raise OSError(number, os.strerror(number), str(target))
 
 
-def _serve(server: DirectoryServer, device: int, stop: int, failures: list[BaseException]) -> None:
-    try:
-        while True:
-            ready, _, _ = select.select([device, stop], [], [])
-            if stop in ready:
+def _serve(server: DirectoryServer, device: int) -> None:
+    while True:
+        select.select([device], [], [])
+        try:
+            request = os.read(device, MAX_REQUEST)
+        except OSError as error:
+            if error.errno == errno.ENODEV:  # it is not mounted any more
                 return
+            if error.errno in {errno.ENOENT, errno.EINTR, errno.EAGAIN}:
+                continue
+            raise
+        for reply in server.receive(request):
             try:
-                request = os.read(device, MAX_REQUEST)
+                os.write(device, reply)
             except OSError as error:
-                if error.errno == errno.ENODEV:  # it is not mounted any more
-                    return
-                if error.errno in {errno.ENOENT, errno.EINTR, errno.EAGAIN}:
-                    continue
-                raise
-            for reply in server.receive(request):
-                try:
-                    os.write(device, reply)
-                except OSError as error:
-                    if error.errno != errno.ENOENT:  # nobody waits for it any more
-                        raise
-    except BaseException as error:
-        failures.append(error)
-        raise
+                if error.errno != errno.ENOENT:  # nobody waits for it any more
+                    raise
+
+
+def _server(directory: Path, device: int, *, read_only: bool) -> int:
+    """A process that serves it. (A thread of this one would wait for whoever waits for it with the interpreter.)"""
+    if pid := os.fork():
+        return pid
+    try:
+        _serve(DirectoryServer(directory, read_only=read_only), device)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 @contextmanager
 def _mounted(directory: Path, target: Path, *, read_only: bool = False) -> Iterator[Path]:
     """`directory`, mounted at `target`."""
     target.mkdir()
-    server = DirectoryServer(directory, read_only=read_only)
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    stopped, stop = os.pipe()
-    failures: list[BaseException] = []
-    thread = threading.Thread(target=_serve, args=(server, device, stopped, failures))
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
+    pid = 0
     try:
-        _mount(
-            Path("x"),
-            target,
-            "fuse",
-            MS_RDONLY if read_only else 0,
-            f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
-        )
-        thread.start()
+        _mount(Path("x"), target, "fuse", MS_RDONLY if read_only else 0, options)
+        pid = _server(directory, device, read_only=read_only)
+    finally:
+        os.close(device)
+        if not pid:
+            _LIBC.umount2(os.fsencode(target), MNT_DETACH)
+    try:
         yield target
     finally:
         _LIBC.umount2(os.fsencode(target), MNT_DETACH)
-        os.close(stop)
-        if thread.ident is not None:
-            thread.join()
-        os.close(device)  # which ends what still waits
-        os.close(stopped)
-        server.close()
-    assert not failures
+        _, status = os.waitpid(pid, 0)
+    assert status == 0
 
 
 @pytest.fixture
@@ -119,7 +117,7 @@ def _names(directory: Path) -> set[str]:
 
 
 def _python(code: str, *args: str | Path) -> str:
-    """Runs `code` in a process of its own: what waits for a page holds this one's interpreter, which serves it."""
+    """Runs `code` in a process of its own."""
     return _run(sys.executable, "-c", code, *args)
 
 
