@@ -50,8 +50,8 @@ taken no guest boots."""
 FIRMWARE = {"x86_64": ["-bios", "qboot.rom"], "aarch64": []}
 """qboot does nothing but start a kernel. (With microvm's SeaBIOS our kernel starts under QEMU 7.2 and not under 10.)"""
 CPUS = {"x86_64": "max", "aarch64": "max,pauth-impdef=on,sve=off,sme=off"}
-"""Under TCG. (Pointer authentication by its own cipher takes a third of an emulated boot, the vector registers of SVE and
-SME nearly a tenth.)"""
+"""Under TCG. (Pointer authentication by its own cipher takes a third of an emulated boot, the registers of SVE and SME
+nearly a tenth.)"""
 
 PACKAGES = {
     "apt-get": {"x86_64": "apt-get install qemu-system-x86", "aarch64": "apt-get install qemu-system-arm"},
