@@ -14,7 +14,6 @@ import stat
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="only root can mount FUSE, where the kernel has it"
 )
 
+ROOT = Path(__file__).parent.parent
 MNT_DETACH = 2
 MS_RDONLY = 1
 MS_BIND = 4096
@@ -59,16 +59,10 @@ def _serve(server: DirectoryServer, device: int) -> None:
                     raise
 
 
-def _server(directory: Path, device: int, *, read_only: bool) -> int:
-    """A process that serves it. (A thread of this one would wait for whoever waits for it with the interpreter.)"""
-    if pid := os.fork():
-        return pid
-    try:
-        _serve(DirectoryServer(directory, read_only=read_only), device)
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+def serve(directory: str, device: str, access: str) -> None:
+    """The program of the process that serves a mount. (A thread of this one would wait for whoever waits for it with
+    the interpreter.)"""
+    _serve(DirectoryServer(Path(directory), read_only=access == "ro"), int(device))
 
 
 @contextmanager
@@ -77,20 +71,21 @@ def _mounted(directory: Path, target: Path, *, read_only: bool = False) -> Itera
     target.mkdir()
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-    pid = 0
     try:
         _mount(Path("x"), target, "fuse", MS_RDONLY if read_only else 0, options)
-        pid = _server(directory, device, read_only=read_only)
+        code = "import sys; from tests.test_fuse_mount import serve; serve(*sys.argv[1:])"
+        words = [sys.executable, "-c", code, str(directory), str(device), "ro" if read_only else "rw"]
+        server = subprocess.Popen(words, cwd=ROOT, pass_fds=[device])
+    except BaseException:
+        _LIBC.umount2(os.fsencode(target), MNT_DETACH)
+        raise
     finally:
         os.close(device)
-        if not pid:
-            _LIBC.umount2(os.fsencode(target), MNT_DETACH)
     try:
         yield target
     finally:
         _LIBC.umount2(os.fsencode(target), MNT_DETACH)
-        _, status = os.waitpid(pid, 0)
-    assert status == 0
+        assert server.wait(60) == 0
 
 
 @pytest.fixture
