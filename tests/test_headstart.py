@@ -267,8 +267,10 @@ def test_a_cache_that_cannot_be_written(starts: Path) -> None:
 
 
 def test_nothing_stands_before_it() -> None:
-    imported = modules_after("import vmette.headstart")
-    assert {name for name in imported if not name.startswith("vmette")} <= {"_socket", "zlib", "__future__"}
+    imported = modules_after("import vmette.__main__")
+    assert {name for name in imported if not name.startswith("vmette")} <= {"_socket", "zlib", "__future__", "gc"}
+    ours = {"vmette", "vmette._version", "vmette.__main__", "vmette.headstart"}
+    assert {name for name in imported if name.startswith("vmette")} == ours
 
 
 def runs(pid: int) -> bool:

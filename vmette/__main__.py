@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 
 from . import headstart
@@ -21,6 +20,8 @@ def main() -> int:
     except KeyboardInterrupt:  # before there was anybody to handle it
         return 128 + 2
     finally:
+        import signal  # late: nothing is to be read before the head start
+
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # all is done: the exit code is what it is
         headstart.end()

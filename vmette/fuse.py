@@ -18,6 +18,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from struct import Struct
@@ -259,6 +260,16 @@ class _Budget:
                 raise _error(errno.EMFILE)
             self._used += count
 
+    @contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """As :meth:`take`, for what is opened within; if that fails, they are given back."""
+        self.take(count)
+        try:
+            yield
+        except BaseException:
+            self.give(count)
+            raise
+
     def give(self, count: int) -> None:
         """After so many have been closed."""
         with self._lock:
@@ -410,7 +421,7 @@ class _Nodes:
             self.gone(node)
             node = None
         if node is None:
-            if len(self._by_id) >= MAX_NODES:
+            if self.full:
                 raise _error(errno.ENFILE)
             node = _Node(self._next, identity, stat.S_IFMT(status.st_mode), parent, name)
             self._next += 1
@@ -522,12 +533,8 @@ class _Nodes:
                 self.let_go(node)
                 raise
         else:
-            _budget.take(1)
-            try:
+            with _budget.taken(1):
                 node.fd = self._opened(node, above)
-            except OSError:
-                _budget.give(1)
-                raise
             self._kept[node] = None
             if len(self._kept) > MAX_CACHED:
                 self.let_go(next(iter(self._kept)))
@@ -621,7 +628,7 @@ class _Listing:
         self.node = node
         self._stream: Iterator[os.DirEntry[str]] | None = None
         self._first = 0
-        self._recent: list[_Name] = [(b".", node.identity & _U64, 4), (b"..", node.identity & _U64, 4)]
+        self._recent = self._dots()
         """The names from number `_first` on that have been read. The kernel asks again for those that it had no use for
         yet."""
 
@@ -645,7 +652,11 @@ class _Listing:
         self.close_stream()
         os.lseek(self.fd, 0, os.SEEK_SET)
         self._first = 0
-        self._recent = [(b".", self.node.identity & _U64, 4), (b"..", self.node.identity & _U64, 4)]
+        self._recent = self._dots()
+
+    def _dots(self) -> list[_Name]:
+        """What every directory begins with."""
+        return [(name, self.node.identity & _U64, stat.S_IFDIR >> 12) for name in (b".", b"..")]
 
     def _skip(self, offset: int) -> None:
         """Goes on to number `offset`, or to the end."""
@@ -1097,18 +1108,16 @@ class DirectoryServer:
             os.close(fd)
 
     def _unlink(self, nodeid: int, body: bytes) -> bytes:
-        name = _checked(_text(body))
-        directory = self._nodes.directory(self._nodes.get(nodeid))
-        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        os.unlink(name, dir_fd=directory)
-        self._nodes.removed(status)
-        return b""
+        return self._remove(nodeid, body, os.unlink)
 
     def _rmdir(self, nodeid: int, body: bytes) -> bytes:
+        return self._remove(nodeid, body, os.rmdir)
+
+    def _remove(self, nodeid: int, body: bytes, remove: Callable[..., None]) -> bytes:
         name = _checked(_text(body))
         directory = self._nodes.directory(self._nodes.get(nodeid))
         status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        os.rmdir(name, dir_fd=directory)
+        remove(name, dir_fd=directory)
         self._nodes.removed(status)
         return b""
 
@@ -1353,12 +1362,8 @@ class DirectoryServer:
         if len(self._listings) >= self._max_listings:
             raise _error(errno.EMFILE)
         place = self._nodes.directory(node)
-        _budget.take(LISTING_FDS)
-        try:
+        with _budget.taken(LISTING_FDS):
             fd = os.open(b".", _DIRECTORY, dir_fd=place)  # anew: two that read share no position
-        except OSError:
-            _budget.give(LISTING_FDS)
-            raise
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._listings[handle] = _Listing(fd, node)
         return OPEN_OUT.pack(handle, 0)

@@ -25,6 +25,7 @@ from .cmdline import kernel_cmdline, share_tokens
 from .spawn import Child, find_program, spawn
 
 if TYPE_CHECKING:
+    from ..protocol import Resume
     from . import virtiofsd
     from .qmp import Monitor
 
@@ -213,20 +214,22 @@ class QemuMachine(VirtualMachine):
                 daemon.connection.close()
             theirs.close()  # or a QEMU that has ended would be waited for
             if config.saved is not None and self.resume is None:
-                self._wake()
+                self.resume = self._told()
             undo.pop_all()
 
     def _take_head_start(self, argv: Sequence[str], attached: Attached) -> int | None:
         """A QEMU that runs already, just like this one: see :mod:`vmette.headstart`."""
-        head, saved = headstart.current, self.config.saved
-        fixed = attached == Attached(monitor=attached.monitor, memory=attached.memory, incoming=attached.incoming)
+        head = headstart.current
         if head is None:
             return None
+        fixed = attached == Attached(monitor=attached.monitor, memory=attached.memory, incoming=attached.incoming)
         if not fixed or self._daemons or self.config.savable or self.config.network:
             head.drop()
             return None
         start = headstart.Start(argv)
-        if saved is not None:
+        if self.config.saved is not None:
+            from ..protocol import Connection
+
             assert attached.monitor is not None and attached.memory is not None and attached.incoming is not None
             with socket.fromfd(self._fds[attached.monitor], socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
                 orders = monitor.recv(65536, socket.MSG_PEEK)
@@ -234,7 +237,9 @@ class QemuMachine(VirtualMachine):
             for number in (attached.memory, attached.incoming):
                 fd = self._fds[number]  # by the path that the kernel has: a snapshot's is that of an open directory
                 files[number] = str(Path(f"/proc/self/fd/{fd}").readlink()), headstart.stamp(fd)
-            start = headstart.Start(argv, attached.monitor, orders, files, self._wake())
+            self.resume = self._told()
+            hello = bytes(Connection(self.resume).outgoing)
+            start = headstart.Start(argv, attached.monitor, orders, files, hello)
         if (started := head.take(start)) is None:
             return None
         logger.debug("a head start: it runs already")
@@ -250,13 +255,12 @@ class QemuMachine(VirtualMachine):
             os.close(fd)
         return started.pid
 
-    def _wake(self) -> bytes:
-        """Finds out what the guest is to be told, which it returns too, as it will be said."""
-        from ..protocol import Connection, Resume
+    def _told(self) -> Resume:
+        """What the guest is to be told when it wakes."""
+        from ..protocol import Resume
 
         shares = share_tokens([(share, "9p") for share in placed(self.config)])
-        self.resume = Resume.now(self.config.hostname, shares)
-        return bytes(Connection(self.resume).outgoing)
+        return Resume.now(self.config.hostname, shares)
 
     def settle(self) -> None:
         """See :meth:`VirtualMachine.settle`."""
