@@ -81,14 +81,14 @@ def test_what_is_not_wanted_ends(starts: Path) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        Start(SLEEP, monitor=5, orders=b"one\n"),
-        Start(SLEEP, monitor=5, orders=b"two\n", hello=b"h" * 12),
-        Start(SLEEP, monitor=6, orders=b"two\n"),
+        Start(SLEEP, hello=b"i" * 12),
+        Start(SLEEP, hello=b"h" * 13),
+        Start([*SLEEP, "1"], hello=b"h" * 12),
         Start(SLEEP),
     ],
 )
 def test_all_that_it_is_told_has_to_be_the_same(other: Start) -> None:
-    noted(WORDS, Start(SLEEP, monitor=5, orders=b"two\n"))
+    noted(WORDS, Start(SLEEP, hello=b"h" * 12))
     head = HeadStart(WORDS)
     assert head.take(other) is None
     head.end()
@@ -165,28 +165,27 @@ def test_children_that_nobody_waits_for(starts: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-ECHO = [sys.executable, "-SIc", "import os; os.write(2, os.read(5, 99)); os.write(1, os.read(3, 999)); os.read(4, 1)"]
-"""Says on its stderr and stdout what it is told."""
+ECHO = [sys.executable, "-SIc", "import os; os.write(1, os.read(3, 999)); os.read(4, 1)"]
+"""Says on its stdout what it is told."""
 
 
 def said(start: Start) -> bytes:
     """What a QEMU would hear."""
     started = HeadStart(WORDS).take(start)
     assert started is not None
-    assert sorted(started.ends) == [3, 4, 5]
-    heard = os.read(started.errors, 5) + os.read(started.errors, 2000)
+    assert sorted(started.ends) == [3, 4]
+    heard = os.read(started.errors, 2000)
     release(started)
     return heard
 
 
 def test_what_it_is_told() -> None:
     hello = bytes(Connection(Resume(b"s" * 64, 1, "name", ("9p:share0:rw:/x",))).outgoing)
-    start = Start(ECHO, monitor=5, orders=b"order", hello=hello)
+    start = Start(ECHO, hello=hello)
     assert b"s" * 8 not in start.encode()
     noted(WORDS, start)
-    told = [said(Start(ECHO, monitor=5, orders=b"order", hello=hello)) for _ in range(2)]
-    assert [words[:5] for words in told] == [b"order", b"order"]
-    fields = [dict(decode_record(words[5 + 12 :])) for words in told]
+    told = [said(Start(ECHO, hello=hello)) for _ in range(2)]
+    fields = [dict(decode_record(words[12:])) for words in told]
     assert fields[0][Tag.HOSTNAME] == b"name"
     assert fields[0][Tag.SHARE] == b"9p:share0:rw:/x"
     seeds = [each[Tag.SEED] for each in fields]
@@ -198,7 +197,7 @@ def test_what_it_is_told() -> None:
 
 
 LARGE = Start(SLEEP, files={1 << 40: ("/dev/null", "")}).encode()
-NOTES = [LARGE, b"", b"\0", b"2\0x", b"x" + Start(SLEEP).encode()[1:], b"\xff" * 100, b"2\x000\0\0\0\x009"]
+NOTES = [LARGE, b"", b"\0", b"3\0x", b"x" + Start(SLEEP).encode()[1:], b"\xff" * 100, b"3\0\0\x009"]
 
 
 @pytest.mark.parametrize("note", NOTES)

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -103,7 +103,16 @@ def copy_with_holes(source: int, target: int) -> None:
         OSError: one cannot be read, or the other not written.
     """
     os.ftruncate(target, os.fstat(source).st_size)
-    for at, piece in pieces(source):
+    write_pieces(target, pieces(source))
+
+
+def write_pieces(target: int, each: Iterable[tuple[int, bytes]]) -> None:
+    """Writes pieces to where they are to be in the file `target`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for at, piece in each:
         left = memoryview(piece)
         while left:
             written = os.pwrite(target, left, at)

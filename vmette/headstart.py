@@ -25,7 +25,7 @@ TYPE_CHECKING = False  # `typing` is one of the modules that are not read yet
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-FORMAT = "2"
+FORMAT = "3"
 MAX_NOTES = 64
 """More are not kept: those that were written last are."""
 MAX_NOTE = 1 << 16
@@ -67,8 +67,6 @@ class Start:
 
     Args:
         argv: Its arguments, the path of the program first.
-        monitor: Its descriptor that is a monitor; 0 if it has none.
-        orders: What its monitor is told at once.
         files: Its descriptors that are files for reading, with their paths and :func:`stamp`.
         hello: What its guest is told at once: nothing, or HELLO (docs/protocol.md).
     """
@@ -76,21 +74,17 @@ class Start:
     def __init__(
         self,
         argv: Sequence[str],
-        monitor: int = 0,
-        orders: bytes = b"",
         files: Mapping[int, tuple[str, str]] | None = None,
         hello: bytes = b"",
     ) -> None:
         self.argv = list(argv)
-        self.monitor = monitor
-        self.orders = orders
         self.files = dict(files or {})
         self.hello = _filled(hello, bytes(SEED_BYTES), 0)
 
     def encode(self) -> bytes:
         """For a note."""
         files = [text for number, (path, state) in self.files.items() for text in (str(number), path, state)]
-        words = [FORMAT, str(self.monitor), self.orders.hex(), self.hello.hex(), str(len(self.files)), *files]
+        words = [FORMAT, self.hello.hex(), str(len(self.files)), *files]
         return b"\0".join(map(os.fsencode, [*words, *self.argv]))
 
     @classmethod
@@ -100,11 +94,11 @@ class Start:
         Raises:
             ValueError, IndexError: it is something else.
         """
-        version, monitor, orders, hello, count, *rest = map(os.fsdecode, note.split(b"\0"))
+        version, hello, count, *rest = map(os.fsdecode, note.split(b"\0"))
         if version != FORMAT:
             raise ValueError
         files = {int(rest[3 * i]): (rest[3 * i + 1], rest[3 * i + 2]) for i in range(int(count))}
-        return cls(rest[3 * len(files) :], int(monitor), bytes.fromhex(orders), files, bytes.fromhex(hello))
+        return cls(rest[3 * len(files) :], files, bytes.fromhex(hello))
 
 
 class Started:
@@ -122,14 +116,12 @@ class Started:
                 self.files[number] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 if stamp(self.files[number]) != state:
                     raise FileNotFoundError
-            for number in {CONTROL_FD, CONSOLE_FD, start.monitor} - {0}:
+            for number in (CONTROL_FD, CONSOLE_FD):
                 ours, connection = _socket.socketpair()
                 self.ends[number], theirs[number] = ours.detach(), connection.detach()
             self.errors, errors = os.pipe()
             theirs[1] = theirs[2] = errors
             theirs[0] = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            if start.monitor:
-                os.write(self.ends[start.monitor], start.orders)
             if start.hello:
                 os.write(self.ends[CONTROL_FD], _filled(start.hello, os.urandom(SEED_BYTES), time.time_ns()))
             from .native import spawn

@@ -358,7 +358,6 @@ def _started(
     # The VM comes first: what talks to it is imported while it boots.
     from .guest import Guest
 
-    vm.settle()
     guest = stack.enter_context(Guest(vm, stopwatch, debug=debug, cancelled=machine.cancelled))
     if config.savable:
         from . import saved

@@ -20,7 +20,7 @@ from .vmm import identity, probe
 META = "meta.json"
 CHECKED = "checked.json"
 """Says which files were read and found whole, and in which run of this computer."""
-FORMAT = 3
+FORMAT = 4
 
 
 def facts(config: MachineConfig) -> dict[str, str]:

@@ -95,14 +95,6 @@ class VirtualMachine(ABC):
         return []
 
     @abstractmethod
-    def settle(self) -> None:
-        """Waits until what a machine wakes from, if it does, has been taken.
-
-        Raises:
-            VmmError: it is not.
-        """
-
-    @abstractmethod
     def save(self, to: Saved) -> None:
         """Saves the machine, whose guest has paused. It stands still from then on.
 

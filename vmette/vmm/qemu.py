@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .. import assets, headstart
 from ..config import ROOT_TAG, MachineConfig, Saved, Share
 from ..errors import ConfigError, ProtocolError, VmmError
-from ..files import copy_with_holes
+from ..files import copy_with_holes, write_pieces
 from ..headstart import CONSOLE_FD, CONTROL_FD, ENVIRONMENT
 from ..providers.base import BlockImage, Directory
 from . import probe
@@ -180,7 +180,7 @@ class QemuMachine(VirtualMachine):
     def __enter__(self) -> QemuMachine:
         return self
 
-    def __init__(self, config: MachineConfig, accel: str, *, other: socket.socket | None = None) -> None:
+    def __init__(self, config: MachineConfig, accel: str) -> None:
         self.config = config
         self.accel = accel
         self._daemons: list[virtiofsd.Daemon] = []
@@ -201,12 +201,9 @@ class QemuMachine(VirtualMachine):
             self._fds = {0: null, 1: errors, 2: errors}
             self._fds[CONTROL_FD] = theirs.enter_context(control).fileno()
             self._fds[CONSOLE_FD] = theirs.enter_context(console).fileno()
-            attached = self._attach(theirs, other)
+            attached = self._attach(theirs)
             argv = command_line(config, accel, partial(self._serve, errors=errors), attached)
             logger.debug("%s", argv)
-            if attached.incoming is not None:
-                assert self._monitor is not None
-                self._monitor.receive(attached.incoming, memory=other is not None)
             started = self._take_head_start(argv, attached)
             self.child: Child = spawn(argv, self._fds, ENVIRONMENT) if started is None else Child(started)
             undo.callback(self.child.kill)
@@ -222,7 +219,7 @@ class QemuMachine(VirtualMachine):
         head = headstart.current
         if head is None:
             return None
-        fixed = attached == Attached(monitor=attached.monitor, memory=attached.memory, incoming=attached.incoming)
+        fixed = attached == Attached(memory=attached.memory, incoming=attached.incoming)
         if not fixed or self._daemons or self.config.savable or self.config.network:
             head.drop()
             return None
@@ -230,16 +227,14 @@ class QemuMachine(VirtualMachine):
         if self.config.saved is not None:
             from ..protocol import Connection
 
-            assert attached.monitor is not None and attached.memory is not None and attached.incoming is not None
-            with socket.fromfd(self._fds[attached.monitor], socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
-                orders = monitor.recv(65536, socket.MSG_PEEK)
+            assert attached.memory is not None and attached.incoming is not None
             files = {}
             for number in (attached.memory, attached.incoming):
                 fd = self._fds[number]  # by the path that the kernel has: a snapshot's is that of an open directory
                 files[number] = str(Path(f"/proc/self/fd/{fd}").readlink()), headstart.stamp(fd)
             self.resume = self._told()
             hello = bytes(Connection(self.resume).outgoing)
-            start = headstart.Start(argv, attached.monitor, orders, files, hello)
+            start = headstart.Start(argv, files, hello)
         if (started := head.take(start)) is None:
             return None
         logger.debug("a head start: it runs already")
@@ -249,8 +244,6 @@ class QemuMachine(VirtualMachine):
         os.close(self.errors)
         self.control, self.console = (socket.socket(fileno=started.ends[fd]) for fd in (CONTROL_FD, CONSOLE_FD))
         self.errors = started.errors
-        if self._monitor is not None:
-            self._monitor.move_to(socket.socket(fileno=started.ends[start.monitor]))
         for fd in started.files.values():
             os.close(fd)
         return started.pid
@@ -262,45 +255,25 @@ class QemuMachine(VirtualMachine):
         shares = share_tokens([(share, "9p") for share in placed(self.config)])
         return Resume.now(self.config.hostname, shares)
 
-    def settle(self) -> None:
-        """See :meth:`VirtualMachine.settle`."""
-        if self._monitor is not None:
-            self._monitor.settle()
-
     def save(self, to: Saved) -> None:
         """See :meth:`VirtualMachine.save`."""
         assert self._monitor is not None
-        if self._memory < 0:
-            self._save_copy(to)
-            return
         with _closing(to.create("state")) as state:
-            self._monitor.send(state, memory=False)
-        for part, source in {"ram": self._memory, "scratch": self._scratch}.items():
-            if source >= 0:
-                with _closing(to.create(part)) as target:
-                    copy_with_holes(source, target)
+            self._monitor.save_devices(state)
+        with _closing(to.create("ram")) as ram:
+            copy_with_holes(self._memory, ram)
+            if self.config.saved is not None:
+                from .memory import own_pieces
 
-    def _save_copy(self, to: Saved) -> None:
-        """Saves a machine whose memory is its own pages and those of what it woke from: another QEMU gathers them."""
-        assert self._monitor is not None
-        config = replace(self.config, saved=None)
-        ours, theirs = socket.socketpair()
-        with ours, theirs, QemuMachine(config, self.accel, other=theirs) as other:
-            assert other._monitor is not None
-            other._monitor.settle()
-            self._monitor.send(ours.fileno(), memory=True)
-            ours.close()
-            other._monitor.wait_until_received()
-            if self._scratch >= 0:
-                os.ftruncate(other._scratch, 0)
-                copy_with_holes(self._scratch, other._scratch)
-            other._monitor.execute("cont")  # one that stands still would be saved as one that stands still
-            other.save(to)
+                write_pieces(ram, own_pieces(self.child.pid, self.config.mem_mib << 20))
+        if self._scratch >= 0:
+            with _closing(to.create("scratch")) as scratch:
+                copy_with_holes(self._scratch, scratch)
 
     def go_on(self) -> None:
         """See :meth:`VirtualMachine.go_on`."""
         assert self._monitor is not None
-        self._monitor.execute("cont")
+        self._monitor.go_on()
 
     def close(self) -> None:
         """See :meth:`VirtualMachine.close`."""
@@ -325,7 +298,7 @@ class QemuMachine(VirtualMachine):
         self._fds[number] = fd
         return number
 
-    def _attach(self, theirs: ExitStack, other: socket.socket | None) -> Attached:
+    def _attach(self, theirs: ExitStack) -> Attached:
         """Makes ready what the VM gets as descriptors; ours of them are closed with `theirs`."""
 
         def own(fd: int) -> int:
@@ -333,19 +306,19 @@ class QemuMachine(VirtualMachine):
             return self._pass_on(fd)
 
         saved = self.config.saved
-        scratch = network = vsock = monitor = memory = None
-        incoming = None if other is None else self._pass_on(other.fileno())
-        if saved is not None or self.config.savable:
+        scratch = network = vsock = monitor = memory = incoming = None
+        if self.config.savable:
             from .qmp import Monitor
 
             ours, connection = socket.socketpair()
             self._monitor = Monitor(ours)
             monitor = self._pass_on(theirs.enter_context(connection).fileno())
         if saved is not None:
-            memory, incoming = own(saved.open("ram")), own(saved.open("state"))
+            self._memory, incoming = saved.open("ram"), own(saved.open("state"))
         elif self.config.savable:
             self._memory = os.memfd_create("vmette-memory", os.MFD_CLOEXEC)
             os.ftruncate(self._memory, self.config.mem_mib << 20)
+        if self._memory >= 0:
             memory = self._pass_on(self._memory)
         if self.config.scratch_mib is not None:
             from .scratch import unnamed
@@ -484,7 +457,11 @@ def command_line(config: MachineConfig, accel: str, serve: Serve, attached: Atta
         argv += ["-object", f"memory-backend-file,id=memory,size={config.mem_mib}M,{backing}"]
         machine += ",memory-backend=memory"
     if attached.incoming is not None:
-        argv += ["-incoming", "defer", *(["-S"] if config.saved is None else [])]
+        argv += ["-incoming", f"fd:{attached.incoming}"]
+    if attached.incoming is not None or attached.monitor is not None:
+        # A state of devices alone has nothing about the machine as a whole at its begin, nor a description at its end.
+        argv += ["-global", "migration.send-configuration=off"]
+        machine += ",suppress-vmdesc=on"
     if "virtiofs" in {root_type, *(kind for _, kind in shares)}:  # virtiofsd answers in the guest's own memory
         argv += ["-object", f"memory-backend-memfd,id=memory,size={config.mem_mib}M,share=on"]
         machine += ",memory-backend=memory"

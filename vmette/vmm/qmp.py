@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
-import time
 from typing import Any
 
 from ..errors import VmmError
 
 ANSWER_SECONDS = 30.0
-POLL_SECONDS = 0.001
-BANDWIDTH = 1 << 40
-"""Bytes a second, more than there are: QEMU sends 128 MiB unless told otherwise."""
 
 
 class Monitor:
@@ -26,79 +23,53 @@ class Monitor:
         self._connection = connection
         self._connection.settimeout(ANSWER_SECONDS)
         self._rest = b""
-        self._asked: list[str] = []
-        """Commands whose answers nobody has looked at."""
-        self.ask("qmp_capabilities")
+        self._greeted = False
+        self._fdset: int | None = None
+        """What QEMU calls the file that it has written the devices' state to."""
 
-    def move_to(self, connection: socket.socket) -> None:
-        """Goes on with a QEMU that has been asked the same by somebody else."""
-        self._connection.close()
-        self._connection = connection
-        self._connection.settimeout(ANSWER_SECONDS)
-
-    def ask(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> None:
-        """Has QEMU execute `command`, in its turn; `fd` goes along with it."""
+    def execute(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> Any:
+        """What QEMU returns for `command`, with which `fd` goes along."""
+        if not self._greeted:
+            self._greeted = True
+            self.execute("qmp_capabilities")
         words = {"execute": command, **({} if arguments is None else {"arguments": arguments})}
-        line = json.dumps(words, separators=(",", ":")).encode() + b"\n"  # short: QEMU reads it byte by byte
+        line = json.dumps(words).encode() + b"\n"
         try:
             sent = socket.send_fds(self._connection, [line], [] if fd is None else [fd])
             self._connection.sendall(line[sent:])
         except OSError as error:
             raise VmmError(f"QEMU's monitor does not take {command}: {error}") from error
-        self._asked.append(command)
-
-    def settle(self) -> Any:
-        """Waits until QEMU has done all that it was asked to do; returns what the last command returns."""
-        result = None
-        while self._asked:
-            command = self._asked[0]
+        while True:
             answer = self._line(command)
             if "return" in answer:
-                result = answer["return"]
-            elif "error" in answer:
+                return answer["return"]
+            if "error" in answer:
                 raise VmmError(f"QEMU refuses {command}: {answer['error'].get('desc')}")
-            else:
-                continue  # the greeting, or an event
-            del self._asked[0]
-        return result
+            # Else it is the greeting, or an event.
 
-    def execute(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> Any:
-        """What QEMU returns for `command`."""
-        self.ask(command, arguments, fd)
-        return self.settle()
+    def save_devices(self, to: int) -> None:
+        """Has the machine stand still, and writes the state of its devices to the empty file `to`.
 
-    def send(self, to: int, *, memory: bool) -> None:
-        """Sends the machine's state to the file or socket `to`, with its memory or without. It stands still then."""
-        self._tell_what(memory=memory)
-        self.ask("migrate-set-parameters", {"max-bandwidth": BANDWIDTH})
-        self.ask("getfd", {"fdname": "state"}, to)
-        self.execute("migrate", {"uri": "fd:state"})
-        end = time.monotonic() + ANSWER_SECONDS
-        while (status := self.execute("query-migrate").get("status")) != "completed":
-            if status in {"failed", "cancelled"} or time.monotonic() > end:
-                raise VmmError("QEMU cannot save the machine")
-            time.sleep(POLL_SECONDS)
+        With the memory as it is then, that is all that `-incoming` takes: a migration stream without its RAM section.
+        (The command's name says for whom it was made. A machine that stands still only for it wakes running.)
 
-    def receive(self, source: int, *, memory: bool) -> None:
-        """Has a machine that waits for it go on from what comes from a file or socket: soon, not at once.
-
-        `source` is its descriptor in QEMU's process.
+        Raises:
+            OSError: the file is of no use.
         """
-        self._tell_what(memory=memory)
-        self.ask("migrate-incoming", {"uri": f"fd:{source}"})
+        self.execute("stop")
+        fd = os.open(f"/proc/self/fd/{to}", os.O_WRONLY | os.O_CLOEXEC)  # it has to be open just as QEMU opens it
+        try:
+            self._fdset = self.execute("add-fd", fd=fd)["fdset-id"]
+        finally:
+            os.close(fd)
+        self.execute("xen-save-devices-state", {"filename": f"/dev/fdset/{self._fdset}", "live": False})
 
-    def wait_until_received(self) -> None:
-        """Waits until all has come of what :meth:`receive` is about."""
-        end = time.monotonic() + ANSWER_SECONDS
-        while self.execute("query-status")["status"] == "inmigrate":
-            if time.monotonic() > end:
-                raise VmmError("QEMU does not get the machine's state")
-            time.sleep(POLL_SECONDS)
-
-    def _tell_what(self, *, memory: bool) -> None:
-        # (It is no property, that the command line could set, before QEMU 9.)
-        capabilities = [{"capability": "x-ignore-shared", "state": not memory}]
-        self.ask("migrate-set-capabilities", {"capabilities": capabilities})
+    def go_on(self) -> None:
+        """Has a machine that stands still go on."""
+        self.execute("cont")
+        if self._fdset is not None:  # QEMU lets go of a file only while the machine runs
+            fdset, self._fdset = self._fdset, None
+            self.execute("remove-fd", {"fdset-id": fdset})
 
     def _line(self, command: str) -> Any:
         try:

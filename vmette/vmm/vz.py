@@ -356,9 +356,6 @@ class VzMachine(VirtualMachine):
         self._link.post(Request.RESUME, answered=self._started)
         self.resume = Resume.now(self.config.hostname)
 
-    def settle(self) -> None:
-        """See :meth:`VirtualMachine.settle`. That it has not been is told with its end."""
-
     def save(self, to: Saved) -> None:
         """See :meth:`VirtualMachine.save`."""
         with os.fdopen(to.create("identifier"), "wb") as identifier:
