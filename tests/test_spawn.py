@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from vmette.errors import VmmError
 from vmette.vmm import spawn as spawn_module
-from vmette.vmm.spawn import Child, spawn
+from vmette.vmm.spawn import Child, find_program, spawn
 
 CAT, SLEEP, SHELL = "/bin/cat", "/bin/sleep", "/bin/sh"
 OWN_FDS = Path("/proc/self/fd")
@@ -458,3 +458,17 @@ def test_the_lasting_thread_is_one() -> None:
                 pass
     assert spawn_module._spawner is not None
     assert count() == 1
+
+
+def test_finding_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past all that is none, and where is_file() raises, as it does in directories that the user cannot search."""
+    directory, text, program = (tmp_path / name / "tool" for name in ("directory", "text", "program"))
+    directory.mkdir(parents=True)
+    for path, mode in {text: 0o644, program: 0o755}.items():
+        path.parent.mkdir()
+        path.touch(mode)
+    places = [tmp_path / "none", "/x" * 3000, directory.parent, text.parent, program.parent]
+    monkeypatch.setenv("PATH", ":".join(map(str, places)))
+    assert find_program("tool") == program
+    monkeypatch.setenv("PATH", ":".join(map(str, places[:-1])))
+    assert find_program("tool") is None

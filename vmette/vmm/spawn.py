@@ -18,7 +18,8 @@ def find_program(name: str) -> Path | None:
     """The program `name` on this process's PATH."""
     # shutil.which would load three compression libraries at each start.
     candidates = (Path(directory, name) for directory in os.get_exec_path())
-    return next((path for path in candidates if path.is_file() and os.access(path, os.X_OK)), None)
+    # Access first: what is in a directory that is not this user's to search is_file() has no answer for.
+    return next((path for path in candidates if os.access(path, os.X_OK) and path.is_file()), None)
 
 
 class Child:
