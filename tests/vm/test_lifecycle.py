@@ -158,6 +158,7 @@ def open_files() -> list[str]:
     return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
 
+@pytest.mark.only_qemu  # with its emulated clocks
 @pytest.mark.timeout(900)
 def test_two_hundred_runs_without_a_hang_or_a_leak() -> None:
     """Half of them while the other core is busy, which is when the kernel's clocks are hard to calibrate."""
