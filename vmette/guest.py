@@ -248,8 +248,10 @@ class Guest:
             self._machine.save(to)
         finally:
             if not last:
-                self._machine.go_on()
-                self._connection.resume()
+                try:
+                    self._machine.go_on()
+                finally:
+                    self._connection.resume()
 
     def close(self) -> None:
         """Ends the VM, now."""

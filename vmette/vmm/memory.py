@@ -18,6 +18,9 @@ _OWN = bytes(bool(top & 0xC0) and not top & 0x20 for top in range(256))
 """By an entry's highest byte, whether the page is the process's own: it is there or swapped out (bits 63 and 62), and
 not the file's (bit 61)."""
 
+_PRIVATE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) rw-p 0+ ")
+"""A line of /proc/PID/maps: a private mapping of a file from its beginning, to read and write."""
+
 
 def own_pieces(pid: int, size: int) -> Iterator[tuple[int, bytes]]:
     """What the process `pid` has written to its private mapping of `size` bytes, and where in there.
@@ -30,7 +33,7 @@ def own_pieces(pid: int, size: int) -> Iterator[tuple[int, bytes]]:
     page = os.sysconf("SC_PAGESIZE")
     process = Path(f"/proc/{pid}")
     try:
-        start = _start((process / "maps").read_text(errors="replace"), size)
+        start = _start(process, size)
         with (process / "pagemap").open("rb", 0) as pagemap, (process / "mem").open("rb", 0) as memory:
             for at in range(0, size, ENTRIES * page):
                 count = min(ENTRIES, (size - at) // page)
@@ -44,17 +47,19 @@ def own_pieces(pid: int, size: int) -> Iterator[tuple[int, bytes]]:
         raise VmmError(f"the memory of process {pid} cannot be read: {reason(error)}{hint}") from error
 
 
-def _start(maps: str, size: int) -> int:
+def _start(process: Path, size: int) -> int:
     """The address of that mapping.
 
     Raises:
         VmmError: there is none.
+        OSError: the process's mappings cannot be read.
     """
-    for line in maps.splitlines():
-        addresses, mode, _ = line.split(maxsplit=2)
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        if end - start == size and mode == "rw-p":
-            return start
+    with (process / "maps").open("rb") as maps:
+        for line in maps:
+            if match := _PRIVATE.match(line):
+                start, end = (int(address, 16) for address in match.groups())
+                if end - start == size:
+                    return start
     raise VmmError(f"the process has no memory of {size} bytes to save")
 
 

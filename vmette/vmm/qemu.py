@@ -220,7 +220,7 @@ class QemuMachine(VirtualMachine):
         if head is None:
             return None
         fixed = attached == Attached(memory=attached.memory, incoming=attached.incoming)
-        if not fixed or self._daemons or self.config.savable or self.config.network:
+        if not fixed or self._daemons or self.config.network:  # nor is there one that is savable, with its monitor
             head.drop()
             return None
         start = headstart.Start(argv)
@@ -314,7 +314,8 @@ class QemuMachine(VirtualMachine):
             self._monitor = Monitor(ours)
             monitor = self._pass_on(theirs.enter_context(connection).fileno())
         if saved is not None:
-            self._memory, incoming = saved.open("ram"), own(saved.open("state"))
+            self._memory = saved.open("ram")
+            incoming = own(saved.open("state"))
         elif self.config.savable:
             self._memory = os.memfd_create("vmette-memory", os.MFD_CLOEXEC)
             os.ftruncate(self._memory, self.config.mem_mib << 20)

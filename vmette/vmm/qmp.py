@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
+from contextlib import suppress
 from typing import Any
 
 from ..errors import VmmError
 
 ANSWER_SECONDS = 30.0
+MAX_LINE = 1 << 20
+"""Bytes: more than QEMU ever says."""
 
 
 class Monitor:
@@ -23,29 +27,33 @@ class Monitor:
         self._connection = connection
         self._connection.settimeout(ANSWER_SECONDS)
         self._rest = b""
-        self._greeted = False
+        self._commands = 0
         self._fdset: int | None = None
         """What QEMU calls the file that it has written the devices' state to."""
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> Any:
         """What QEMU returns for `command`, with which `fd` goes along."""
-        if not self._greeted:
-            self._greeted = True
+        if self._commands == 0 and command != "qmp_capabilities":
             self.execute("qmp_capabilities")
-        words = {"execute": command, **({} if arguments is None else {"arguments": arguments})}
+        self._commands += 1
+        number = self._commands
+        words = {"execute": command, "id": number, **({} if arguments is None else {"arguments": arguments})}
         line = json.dumps(words).encode() + b"\n"
         try:
             sent = socket.send_fds(self._connection, [line], [] if fd is None else [fd])
             self._connection.sendall(line[sent:])
         except OSError as error:
             raise VmmError(f"QEMU's monitor does not take {command}: {error}") from error
-        while True:
+        end = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < end:
             answer = self._line(command)
+            if not isinstance(answer, dict) or answer.get("id") != number:
+                continue  # the greeting, an event, or what came too late for an earlier command
             if "return" in answer:
                 return answer["return"]
-            if "error" in answer:
-                raise VmmError(f"QEMU refuses {command}: {answer['error'].get('desc')}")
-            # Else it is the greeting, or an event.
+            why = answer.get("error")
+            raise VmmError(f"QEMU refuses {command}: {why.get('desc') if isinstance(why, dict) else why}")
+        raise VmmError(f"QEMU's monitor does not answer to {command}")
 
     def save_devices(self, to: int) -> None:
         """Has the machine stand still, and writes the state of its devices to the empty file `to`.
@@ -69,7 +77,8 @@ class Monitor:
         self.execute("cont")
         if self._fdset is not None:  # QEMU lets go of a file only while the machine runs
             fdset, self._fdset = self._fdset, None
-            self.execute("remove-fd", {"fdset-id": fdset})
+            with suppress(VmmError):  # it has gone on, which is what counts
+                self.execute("remove-fd", {"fdset-id": fdset})
 
     def _line(self, command: str) -> Any:
         try:
@@ -78,12 +87,14 @@ class Monitor:
                 if not data:
                     raise VmmError("QEMU has ended")
                 self._rest += data
+                if len(self._rest) > MAX_LINE:
+                    raise VmmError("QEMU's monitor says too much at once")
         except OSError as error:
             raise VmmError(f"QEMU's monitor does not answer to {command}: {error}") from error
         line, _, self._rest = self._rest.partition(b"\n")
         try:
             return json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise VmmError("QEMU's monitor does not speak JSON") from error
 
     def close(self) -> None:
