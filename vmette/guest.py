@@ -248,10 +248,8 @@ class Guest:
             self._machine.save(to)
         finally:
             if not last:
-                try:
-                    self._machine.go_on()
-                finally:
-                    self._connection.resume()
+                self._connection.resume()  # to be sent, whatever becomes of the next line
+                self._machine.go_on()
 
     def close(self) -> None:
         """Ends the VM, now."""

@@ -17,7 +17,6 @@ ENTRIES = 1 << 17
 _OWN = bytes(bool(top & 0xC0) and not top & 0x20 for top in range(256))
 """By an entry's highest byte, whether the page is the process's own: it is there or swapped out (bits 63 and 62), and
 not the file's (bit 61)."""
-
 _PRIVATE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) rw-p 0+ ")
 """A line of /proc/PID/maps: a private mapping of a file from its beginning, to read and write."""
 
