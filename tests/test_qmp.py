@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +96,14 @@ def test_an_end(ends: tuple[Monitor, Qemu]) -> None:
     qemu.connection.shutdown(socket.SHUT_WR)
     with pytest.raises(VmmError, match="QEMU has ended"):
         monitor.execute("stop")
+
+
+def test_a_machine_that_cannot_be_saved_does_not_stand_still(ends: tuple[Monitor, Qemu], tmp_path: Path) -> None:
+    monitor, qemu = ends
+    qemu.say({"return": {"blocked-reasons": ["State blocked by its CPU"]}, "id": 2})
+    with (tmp_path / "state").open("wb") as state, pytest.raises(VmmError, match="State blocked by its CPU"):
+        monitor.save_devices(state.fileno())
+    assert [qemu.hear()["execute"] for _ in range(2)] == ["qmp_capabilities", "query-migrate"]
 
 
 def test_a_file_that_is_not_let_go_of_is_no_failure(ends: tuple[Monitor, Qemu]) -> None:

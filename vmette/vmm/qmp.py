@@ -64,6 +64,8 @@ class Monitor:
         Raises:
             OSError: the file is of no use.
         """
+        if why := self.execute("query-migrate").get("blocked-reasons"):  # the command below does not look
+            raise VmmError(f"QEMU cannot save this machine: {why[0]}")
         self.execute("stop")
         fd = os.open(f"/proc/self/fd/{to}", os.O_WRONLY | os.O_CLOEXEC)  # it has to be open just as QEMU opens it
         try:
