@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -109,6 +110,33 @@ def test_a_file_goes_along(tmp_path: Path) -> None:
     release(started)
 
 
+def with_pipe(path: Path) -> Start:
+    return Start(SLEEP, with_file(path).files, pipes=[6])
+
+
+def test_what_comes_through_a_pipe(tmp_path: Path) -> None:
+    state = tmp_path / "devices"
+    state.write_bytes(content := os.urandom(headstart.MAX_PIPE))
+    noted(WORDS, with_pipe(state))
+    assert HeadStart(WORDS).take(with_file(state)) is None  # that is another way
+    started = HeadStart(WORDS).take(with_pipe(state))
+    assert started is not None
+    with Path(f"/proc/{started.pid}/fd/6").open("rb") as theirs:
+        assert stat.S_ISFIFO(os.fstat(theirs.fileno()).st_mode)
+        os.close(started.files.pop(6))
+        assert theirs.read() == content  # and ends: nobody has it open to write
+    release(started)
+
+
+def test_more_than_a_pipe_takes(tmp_path: Path) -> None:
+    state = tmp_path / "devices"
+    state.write_bytes(bytes(headstart.MAX_PIPE + 1))
+    noted(WORDS, with_pipe(state))
+    assert HeadStart(WORDS).take(with_pipe(state)) is None
+    with state.open("rb") as file, pytest.raises(OSError, match="larger than a pipe"):
+        headstart.piped(file.fileno())
+
+
 @pytest.mark.parametrize("change", ["other", "written", "gone", "link", "fifo"])
 def test_a_file_that_is_another_one_is_given_to_nobody(change: str, tmp_path: Path, starts: Path) -> None:
     """Not even for a moment: what others have put there is for QEMU to trust."""
@@ -197,7 +225,7 @@ def test_what_it_is_told() -> None:
 
 
 LARGE = Start(SLEEP, files={1 << 40: ("/dev/null", "")}).encode()
-NOTES = [LARGE, b"", b"\0", b"3\0x", b"x" + Start(SLEEP).encode()[1:], b"\xff" * 100, b"3\0\0\x009"]
+NOTES = [LARGE, b"", b"\0", b"4\0x", b"x" + Start(SLEEP).encode()[1:], b"\xff" * 100, b"4\0\0\x009"]
 
 
 @pytest.mark.parametrize("note", NOTES)

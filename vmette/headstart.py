@@ -23,15 +23,17 @@ import zlib
 
 TYPE_CHECKING = False  # `typing` is one of the modules that are not read yet
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
-FORMAT = "3"
+FORMAT = "4"
 MAX_NOTES = 64
 """More are not kept: those that were written last are."""
 MAX_NOTE = 1 << 16
 """Bytes."""
 MAX_WORDS = 64
 """A run with more of them has no head start."""
+MAX_PIPE = 1 << 20
+"""Bytes: what Linux lets every user have a pipe hold (/proc/sys/fs/pipe-max-size), and much more than a state takes."""
 
 # Descriptors of the QEMU process that every machine has.
 CONTROL_FD, CONSOLE_FD = 3, 4
@@ -62,12 +64,38 @@ def stamp(fd: int) -> str:
     return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
+def piped(fd: int) -> int:
+    """A pipe's end for reading, with all in it that the small file `fd` has.
+
+    QEMU takes a machine's state from a pipe; from a file only until 10.2.
+
+    Raises:
+        OSError: it cannot be read, or a pipe cannot be as large.
+    """
+    import fcntl
+
+    content = os.read(fd, MAX_PIPE)
+    reading, writing = os.pipe()
+    try:
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, MAX_PIPE)
+        os.set_blocking(writing, False)
+        if os.write(writing, content) != os.fstat(fd).st_size:
+            raise OSError("it is larger than a pipe")
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    return reading
+
+
 class Start:
     """How a QEMU is started.
 
     Args:
         argv: Its arguments, the path of the program first.
         files: Its descriptors that are files for reading, with their paths and :func:`stamp`.
+        pipes: Those of them of which it gets the content only: see :func:`piped`.
         hello: What its guest is told at once: nothing, or HELLO (docs/protocol.md).
     """
 
@@ -75,16 +103,19 @@ class Start:
         self,
         argv: Sequence[str],
         files: Mapping[int, tuple[str, str]] | None = None,
+        pipes: Collection[int] = (),
         hello: bytes = b"",
     ) -> None:
         self.argv = list(argv)
         self.files = dict(files or {})
+        self.pipes = set(pipes)
         self.hello = _filled(hello, bytes(SEED_BYTES), 0)
 
     def encode(self) -> bytes:
         """For a note."""
-        files = [text for number, (path, state) in self.files.items() for text in (str(number), path, state)]
-        words = [FORMAT, self.hello.hex(), str(len(self.files)), *files]
+        words = [FORMAT, self.hello.hex(), str(len(self.files))]
+        for number, (path, state) in self.files.items():
+            words += [str(number), path, state, "pipe" if number in self.pipes else "file"]
         return b"\0".join(map(os.fsencode, [*words, *self.argv]))
 
     @classmethod
@@ -97,8 +128,12 @@ class Start:
         version, hello, count, *rest = map(os.fsdecode, note.split(b"\0"))
         if version != FORMAT:
             raise ValueError
-        files = {int(rest[3 * i]): (rest[3 * i + 1], rest[3 * i + 2]) for i in range(int(count))}
-        return cls(rest[3 * len(files) :], files, bytes.fromhex(hello))
+        files, pipes = {}, []
+        for _ in range(int(count)):
+            number, path, state, kind, *rest = rest
+            files[int(number)] = path, state
+            pipes += [int(number)] if kind == "pipe" else []
+        return cls(rest, files, pipes, bytes.fromhex(hello))
 
 
 class Started:
@@ -116,6 +151,9 @@ class Started:
                 self.files[number] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 if stamp(self.files[number]) != state:
                     raise FileNotFoundError
+                if number in start.pipes:
+                    file, self.files[number] = self.files[number], piped(self.files[number])
+                    os.close(file)
             for number in (CONTROL_FD, CONSOLE_FD):
                 ours, connection = _socket.socketpair()
                 self.ends[number], theirs[number] = ours.detach(), connection.detach()

@@ -186,7 +186,8 @@ class QemuMachine(VirtualMachine):
         self._daemons: list[virtiofsd.Daemon] = []
         self._passt: Child | None = None
         self._monitor: Monitor | None = None
-        self._memory = self._scratch = -1
+        self._parts: dict[str, int] = {}
+        """Of one that can be saved, the files that it has in use, which are open here, too."""
         with ExitStack() as undo, ExitStack() as theirs:
             undo.callback(self._end_helpers)
             self.control, control = socket.socketpair()
@@ -205,6 +206,9 @@ class QemuMachine(VirtualMachine):
             argv = command_line(config, accel, partial(self._serve, errors=errors), attached)
             logger.debug("%s", argv)
             started = self._take_head_start(argv, attached)
+            if started is None and attached.incoming is not None:
+                self._fds[attached.incoming] = headstart.piped(self._fds[attached.incoming])
+                theirs.callback(os.close, self._fds[attached.incoming])
             self.child: Child = spawn(argv, self._fds, ENVIRONMENT) if started is None else Child(started)
             undo.callback(self.child.kill)
             for daemon in self._daemons:
@@ -234,7 +238,7 @@ class QemuMachine(VirtualMachine):
                 files[number] = str(Path(f"/proc/self/fd/{fd}").readlink()), headstart.stamp(fd)
             self.resume = self._told()
             hello = bytes(Connection(self.resume).outgoing)
-            start = headstart.Start(argv, files, hello)
+            start = headstart.Start(argv, files, {attached.incoming}, hello)
         if (started := head.take(start)) is None:
             return None
         logger.debug("a head start: it runs already")
@@ -260,15 +264,15 @@ class QemuMachine(VirtualMachine):
         assert self._monitor is not None
         with _closing(to.create("state")) as state:
             self._monitor.save_devices(state)
-        with _closing(to.create("ram")) as ram:
-            copy_with_holes(self._memory, ram)
-            if self.config.saved is not None:
-                from .memory import own_pieces
+            if os.fstat(state).st_size > headstart.MAX_PIPE:
+                raise VmmError(f"the state of its devices has more than {headstart.MAX_PIPE} bytes")
+        for part, fd in self._parts.items():
+            with _closing(to.create(part)) as copy:
+                copy_with_holes(fd, copy)
+                if part == "ram" and self.config.saved is not None:
+                    from .memory import own_pieces
 
-                write_pieces(ram, own_pieces(self.child.pid, self.config.mem_mib << 20))
-        if self._scratch >= 0:
-            with _closing(to.create("scratch")) as scratch:
-                copy_with_holes(self._scratch, scratch)
+                    write_pieces(copy, own_pieces(self.child.pid, self.config.mem_mib << 20))
 
     def go_on(self) -> None:
         """See :meth:`VirtualMachine.go_on`."""
@@ -288,9 +292,8 @@ class QemuMachine(VirtualMachine):
             self._passt.kill()
         if self._monitor is not None:
             self._monitor.close()
-        for fd in {self._memory, self._scratch} - {-1}:
-            os.close(fd)
-        self._memory = self._scratch = -1
+        while self._parts:
+            os.close(self._parts.popitem()[1])
 
     def _pass_on(self, fd: int) -> int:
         """Has QEMU inherit a descriptor; returns its number there."""
@@ -305,6 +308,12 @@ class QemuMachine(VirtualMachine):
             theirs.callback(os.close, fd)
             return self._pass_on(fd)
 
+        def in_use(part: str, fd: int) -> int:
+            if not self.config.savable:
+                return own(fd)
+            self._parts[part] = fd
+            return self._pass_on(fd)
+
         saved = self.config.saved
         scratch = network = vsock = monitor = memory = incoming = None
         if self.config.savable:
@@ -314,20 +323,16 @@ class QemuMachine(VirtualMachine):
             self._monitor = Monitor(ours)
             monitor = self._pass_on(theirs.enter_context(connection).fileno())
         if saved is not None:
-            self._memory = saved.open("ram")
+            memory = in_use("ram", saved.open("ram"))
             incoming = own(saved.open("state"))
         elif self.config.savable:
-            self._memory = os.memfd_create("vmette-memory", os.MFD_CLOEXEC)
-            os.ftruncate(self._memory, self.config.mem_mib << 20)
-        if self._memory >= 0:
-            memory = self._pass_on(self._memory)
+            memory = in_use("ram", os.memfd_create("vmette-memory", os.MFD_CLOEXEC))
+            os.ftruncate(self._parts["ram"], self.config.mem_mib << 20)
         if self.config.scratch_mib is not None:
             from .scratch import unnamed
 
-            fd = unnamed(self.config.scratch_mib, None if saved is None else saved.path("scratch"))
-            if self.config.savable:
-                self._scratch = fd
-            scratch = self._pass_on(fd) if self.config.savable else own(fd)
+            like = None if saved is None else saved.path("scratch")
+            scratch = in_use("scratch", unnamed(self.config.scratch_mib, like))
         if self.config.network:
             from . import passt
 
