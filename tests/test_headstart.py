@@ -128,13 +128,21 @@ def test_what_comes_through_a_pipe(tmp_path: Path) -> None:
     release(started)
 
 
-def test_more_than_a_pipe_takes(tmp_path: Path) -> None:
+def refused(*_: object) -> None:
+    raise PermissionError
+
+
+@pytest.mark.parametrize("why", ["too large", "too many pipes", "empty"])
+def test_a_file_that_no_pipe_takes(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = tmp_path / "devices"
-    state.write_bytes(bytes(headstart.MAX_PIPE + 1))
-    noted(WORDS, with_pipe(state))
-    assert HeadStart(WORDS).take(with_pipe(state)) is None
-    with state.open("rb") as file, pytest.raises(OSError, match="larger than a pipe"):
-        headstart.piped(file.fileno())
+    state.write_bytes(content := b"" if why == "empty" else os.urandom(1000))
+    if why == "too large":
+        monkeypatch.setattr(headstart, "MAX_PIPE", 999)
+    if why == "too many pipes":
+        monkeypatch.setattr("fcntl.fcntl", refused)
+    with state.open("rb") as file, os.fdopen(headstart.piped(file.fileno()), "rb") as theirs:
+        assert stat.S_ISREG(os.fstat(theirs.fileno()).st_mode)
+        assert theirs.read() == content
 
 
 @pytest.mark.parametrize("change", ["other", "written", "gone", "link", "fifo"])

@@ -33,7 +33,7 @@ MAX_NOTE = 1 << 16
 MAX_WORDS = 64
 """A run with more of them has no head start."""
 MAX_PIPE = 1 << 20
-"""Bytes: what Linux lets every user have a pipe hold (/proc/sys/fs/pipe-max-size), and much more than a state takes."""
+"""Bytes: what a pipe may hold on most hosts (fs.pipe-max-size of Linux), and much more than a machine's state takes."""
 
 # Descriptors of the QEMU process that every machine has.
 CONTROL_FD, CONSOLE_FD = 3, 4
@@ -65,28 +65,30 @@ def stamp(fd: int) -> str:
 
 
 def piped(fd: int) -> int:
-    """A pipe's end for reading, with all in it that the small file `fd` has.
+    """Another descriptor for what is in the file `fd`: a pipe that is full of it, if this user may have one as large.
 
-    QEMU takes a machine's state from a pipe; from a file only until 10.2.
+    If not (fs.pipe-user-pages-soft and fs.pipe-max-size of Linux), it is the file. QEMU takes a machine's state from
+    either; but 11.0 and later, from no file.
 
     Raises:
-        OSError: it cannot be read, or a pipe cannot be as large.
+        OSError: it cannot be read, or there are too many descriptors.
     """
     import fcntl
 
-    content = os.read(fd, MAX_PIPE)
+    content = os.pread(fd, MAX_PIPE, 0)
     reading, writing = os.pipe()
     try:
-        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, MAX_PIPE)
         os.set_blocking(writing, False)
-        if os.write(writing, content) != os.fstat(fd).st_size:
-            raise OSError("it is larger than a pipe")
-    except BaseException:
-        os.close(reading)
-        raise
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, len(content))
+        whole = os.write(writing, content) == os.fstat(fd).st_size
+    except OSError:
+        whole = False
     finally:
         os.close(writing)
-    return reading
+    if whole and content:  # QEMU would wait for a first byte of an empty one
+        return reading
+    os.close(reading)
+    return os.dup(fd)
 
 
 class Start:
@@ -95,7 +97,7 @@ class Start:
     Args:
         argv: Its arguments, the path of the program first.
         files: Its descriptors that are files for reading, with their paths and :func:`stamp`.
-        pipes: Those of them of which it gets the content only: see :func:`piped`.
+        pipes: Those of them that are :func:`piped`.
         hello: What its guest is told at once: nothing, or HELLO (docs/protocol.md).
     """
 

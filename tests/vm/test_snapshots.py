@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ import vmette
 from tests.vm.support import BASE, Cli, command, vmm_processes, vz, wait_until
 from vmette import assets, saved, snapshots
 from vmette.providers.base import Cancelled
+from vmette.vmm.spawn import Child, spawn
 
 WARM_UP = "echo warm >/tmp/warm; mkdir /www; echo served >/www/index.html; httpd -p 127.0.0.1:8080 -h /www"
 
@@ -394,6 +396,24 @@ def test_what_is_checked_is_what_wakes(own: Path, tmp_path: Path, monkeypatch: p
     assert output("warm", "cat /tmp/warm") == "warm\n"
     gc.collect()
     assert str(away) not in [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+
+
+@pytest.mark.only_qemu
+@pytest.mark.parametrize("kind", ["a pipe", "a file"])
+def test_how_the_vmm_gets_the_state(kind: str, warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a pipe, and as a file if a pipe does not take it."""
+    pipes: list[bool] = []
+
+    def spawned(argv: list[str], fds: dict[int, int], environment: dict[str, str]) -> Child:
+        number = int(argv[argv.index("-incoming") + 1].removeprefix("fd:"))
+        pipes.append(stat.S_ISFIFO(os.fstat(fds[number]).st_mode))
+        return spawn(argv, fds, environment)
+
+    monkeypatch.setattr("vmette.vmm.qemu.spawn", spawned)
+    if kind == "a file":
+        monkeypatch.setattr("vmette.headstart.MAX_PIPE", 1000)
+    assert output("warm", "cat /tmp/warm") == "warm\n"
+    assert pipes == [kind == "a pipe"]
 
 
 def test_another_kernel_is_another_machine(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
