@@ -95,9 +95,9 @@ def test_all_that_it_is_told_has_to_be_the_same(other: Start) -> None:
     head.end()
 
 
-def with_file(path: Path) -> Start:
+def with_file(path: Path, kind: str = "file") -> Start:
     with path.open() as file:
-        return Start(SLEEP, files={6: (str(path), headstart.stamp(file.fileno()))})
+        return Start(SLEEP, files={6: (str(path), headstart.stamp(file.fileno()), kind)})
 
 
 def test_a_file_goes_along(tmp_path: Path) -> None:
@@ -110,16 +110,12 @@ def test_a_file_goes_along(tmp_path: Path) -> None:
     release(started)
 
 
-def with_pipe(path: Path) -> Start:
-    return Start(SLEEP, with_file(path).files, pipes=[6])
-
-
 def test_what_comes_through_a_pipe(tmp_path: Path) -> None:
     state = tmp_path / "devices"
     state.write_bytes(content := os.urandom(headstart.MAX_PIPE))
-    noted(WORDS, with_pipe(state))
+    noted(WORDS, with_file(state, "pipe"))
     assert HeadStart(WORDS).take(with_file(state)) is None  # that is another way
-    started = HeadStart(WORDS).take(with_pipe(state))
+    started = HeadStart(WORDS).take(with_file(state, "pipe"))
     assert started is not None
     with Path(f"/proc/{started.pid}/fd/6").open("rb") as theirs:
         assert stat.S_ISFIFO(os.fstat(theirs.fileno()).st_mode)
@@ -232,7 +228,7 @@ def test_what_it_is_told() -> None:
     assert abs(clocks[1] - time.time_ns()) < 60e9
 
 
-LARGE = Start(SLEEP, files={1 << 40: ("/dev/null", "")}).encode()
+LARGE = Start(SLEEP, files={1 << 40: ("/dev/null", "", "file")}).encode()
 NOTES = [LARGE, b"", b"\0", b"4\0x", b"x" + Start(SLEEP).encode()[1:], b"\xff" * 100, b"4\0\0\x009"]
 
 

@@ -23,7 +23,7 @@ import zlib
 
 TYPE_CHECKING = False  # `typing` is one of the modules that are not read yet
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 FORMAT = "4"
 MAX_NOTES = 64
@@ -96,28 +96,25 @@ class Start:
 
     Args:
         argv: Its arguments, the path of the program first.
-        files: Its descriptors that are files for reading, with their paths and :func:`stamp`.
-        pipes: Those of them that are :func:`piped`.
+        files: Its descriptors that are files for reading, with their paths, :func:`stamp`, and "pipe" for one that is
+            :func:`piped`, or else "file".
         hello: What its guest is told at once: nothing, or HELLO (docs/protocol.md).
     """
 
     def __init__(
         self,
         argv: Sequence[str],
-        files: Mapping[int, tuple[str, str]] | None = None,
-        pipes: Collection[int] = (),
+        files: Mapping[int, tuple[str, str, str]] | None = None,
         hello: bytes = b"",
     ) -> None:
         self.argv = list(argv)
         self.files = dict(files or {})
-        self.pipes = set(pipes)
         self.hello = _filled(hello, bytes(SEED_BYTES), 0)
 
     def encode(self) -> bytes:
         """For a note."""
-        words = [FORMAT, self.hello.hex(), str(len(self.files))]
-        for number, (path, state) in self.files.items():
-            words += [str(number), path, state, "pipe" if number in self.pipes else "file"]
+        files = [text for number, file in self.files.items() for text in (str(number), *file)]
+        words = [FORMAT, self.hello.hex(), str(len(self.files)), *files]
         return b"\0".join(map(os.fsencode, [*words, *self.argv]))
 
     @classmethod
@@ -130,12 +127,8 @@ class Start:
         version, hello, count, *rest = map(os.fsdecode, note.split(b"\0"))
         if version != FORMAT:
             raise ValueError
-        files, pipes = {}, []
-        for _ in range(int(count)):
-            number, path, state, kind, *rest = rest
-            files[int(number)] = path, state
-            pipes += [int(number)] if kind == "pipe" else []
-        return cls(rest, files, pipes, bytes.fromhex(hello))
+        files = {int(rest[4 * i]): (rest[4 * i + 1], rest[4 * i + 2], rest[4 * i + 3]) for i in range(int(count))}
+        return cls(rest[4 * len(files) :], files, bytes.fromhex(hello))
 
 
 class Started:
@@ -149,11 +142,11 @@ class Started:
         self._gone = False
         theirs: dict[int, int] = {}
         try:
-            for number, (path, state) in start.files.items():
+            for number, (path, state, kind) in start.files.items():
                 self.files[number] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 if stamp(self.files[number]) != state:
                     raise FileNotFoundError
-                if number in start.pipes:
+                if kind == "pipe":
                     file, self.files[number] = self.files[number], piped(self.files[number])
                     os.close(file)
             for number in (CONTROL_FD, CONSOLE_FD):

@@ -206,9 +206,9 @@ class QemuMachine(VirtualMachine):
             argv = command_line(config, accel, partial(self._serve, errors=errors), attached)
             logger.debug("%s", argv)
             started = self._take_head_start(argv, attached)
-            if started is None and attached.incoming is not None:
-                self._fds[attached.incoming] = headstart.piped(self._fds[attached.incoming])
-                theirs.callback(os.close, self._fds[attached.incoming])
+            if started is None and (incoming := attached.incoming) is not None:
+                self._fds[incoming] = headstart.piped(self._fds[incoming])
+                theirs.callback(os.close, self._fds[incoming])
             self.child: Child = spawn(argv, self._fds, ENVIRONMENT) if started is None else Child(started)
             undo.callback(self.child.kill)
             for daemon in self._daemons:
@@ -233,12 +233,12 @@ class QemuMachine(VirtualMachine):
 
             assert attached.memory is not None and attached.incoming is not None
             files = {}
-            for number in (attached.memory, attached.incoming):
+            for number, kind in ((attached.memory, "file"), (attached.incoming, "pipe")):
                 fd = self._fds[number]  # by the path that the kernel has: a snapshot's is that of an open directory
-                files[number] = str(Path(f"/proc/self/fd/{fd}").readlink()), headstart.stamp(fd)
+                files[number] = str(Path(f"/proc/self/fd/{fd}").readlink()), headstart.stamp(fd), kind
             self.resume = self._told()
             hello = bytes(Connection(self.resume).outgoing)
-            start = headstart.Start(argv, files, {attached.incoming}, hello)
+            start = headstart.Start(argv, files, hello)
         if (started := head.take(start)) is None:
             return None
         logger.debug("a head start: it runs already")
