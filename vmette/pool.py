@@ -31,6 +31,8 @@ WARM_UP_SECONDS = 30.0
 STALE_SECONDS = 30.0
 """One that has waited for so long is asked whether it still answers before it is handed out."""
 ANSWER_SECONDS = 2.0
+GIVE_WAY_SECONDS = 0.05
+"""So long after one was taken, its first command has the processors for itself: only then is the next one started."""
 
 
 class Pool:
@@ -164,13 +166,15 @@ class _Shelf:
         self._taken: weakref.WeakSet[Sandbox] = weakref.WeakSet()
         self._changed = threading.Condition()
         self._starting = 0
+        self._waiting = 0
+        """How many want one now."""
         self._errors: list[BaseException] = []
         """Why the last ones did not come up; each is told once."""
         self._template_lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
 
-    def fill(self) -> None:
-        """Has as many started as there are too few."""
+    def fill(self, give_way: float = 0.0) -> None:
+        """Has as many started as there are too few, after `give_way` seconds unless they are waited for."""
         with self._changed:
             while (
                 not self.closed.is_set()
@@ -178,7 +182,7 @@ class _Shelf:
                 and len(self._threads) < STARTERS
             ):
                 self._starting += 1
-                thread = threading.Thread(target=self._start, name="vmette-pool", daemon=True)
+                thread = threading.Thread(target=self._start, args=(give_way,), name="vmette-pool", daemon=True)
                 self._threads.add(thread)
                 thread.start()
 
@@ -188,17 +192,22 @@ class _Shelf:
         while True:
             self.fill()
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self.ready or self._errors or self.closed.is_set(),
-                    None if end is None else max(0.0, end - time.monotonic()),
-                )
+                self._waiting += 1
+                self._changed.notify_all()
+                try:
+                    self._changed.wait_for(
+                        lambda: self.ready or self._errors or self.closed.is_set(),
+                        None if end is None else max(0.0, end - time.monotonic()),
+                    )
+                finally:
+                    self._waiting -= 1
                 if self.closed.is_set():
                     raise SandboxClosed("the pool has been closed")
                 since, sandbox = self.ready.popleft() if self.ready else (0.0, None)
                 if sandbox is not None:
                     self._taken.add(sandbox)
                 error = self._errors.pop() if sandbox is None and self._errors else None
-            self.fill()
+            self.fill(GIVE_WAY_SECONDS)
             if error is not None:
                 raise error
             if sandbox is None:
@@ -239,8 +248,10 @@ class _Shelf:
 
     # --- in the threads that start them
 
-    def _start(self) -> None:
+    def _start(self, give_way: float) -> None:
         """Starts sandboxes until there are enough, or one does not come up."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting > len(self.ready) or self.closed.is_set(), give_way)
         go_on = True
         while go_on:
             sandbox: Sandbox | None = None
@@ -270,6 +281,7 @@ class _Shelf:
             if self.warm_up is not None:
                 with suppress(CommandNotStarted, TimeoutExpired):
                     sandbox.run(self.warm_up, timeout=WARM_UP_SECONDS)
+                _answers(sandbox)  # that command took the process which a template has ready; this goes the long way
         except BaseException:
             sandbox.close()
             raise

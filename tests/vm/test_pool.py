@@ -93,6 +93,22 @@ def test_a_pool_that_is_closed_does_not_wait_for_the_template(
     assert pool.ready == 0
 
 
+def test_the_next_one_is_started_after_a_while_or_when_it_is_wanted(
+    pool: vmette.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(pool)
+    monkeypatch.setattr(module, "GIVE_WAY_SECONDS", 600.0)
+    with pool.sandbox() as one, pool.sandbox() as other:
+        assert one.run(["true"]).returncode == other.run(["true"]).returncode == 0
+        time.sleep(0.5)
+        assert len(vmms()) == 2, "the next ones have been started beside the first commands"
+        with pool.sandbox(timeout=60) as wanted:
+            assert wanted.run(["true"]).returncode == 0
+    start = time.monotonic()
+    pool.close()
+    assert time.monotonic() - start < 60, "the end waits for what gives way"
+
+
 def test_without_templates(monkeypatch: pytest.MonkeyPatch) -> None:
     with vmette.Pool(BASE, size=1, template=False) as pool, pool.sandbox() as sandbox:
         assert sandbox.came_up == ""
