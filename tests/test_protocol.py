@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterable
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
@@ -88,6 +89,11 @@ TRUE = Command((b"true",))
 def receive(connection: Connection, *frames: Frame | bytes) -> list[Event]:
     data = b"".join(frame.encode() if isinstance(frame, Frame) else frame for frame in frames)
     return list(connection.receive(data))
+
+
+def kinds(events: Iterable[Event]) -> list[tuple[type, Event]]:
+    """The events with their types: those of two types with the same fields are equal, as tuples are."""
+    return [(type(event), event) for event in events]
 
 
 def sent(connection: Connection) -> list[Frame]:
@@ -263,7 +269,8 @@ def test_what_is_said_in_a_pause_waits(connection: Connection) -> None:
     assert receive(connection, Frame(FrameType.STDOUT, stream, b"before it")) == [
         Output(stream, Channel.STDOUT, b"before it")
     ]
-    assert receive(connection, Frame(FrameType.PAUSE, 0)) == [Paused()]
+    (paused,) = receive(connection, Frame(FrameType.PAUSE, 0))
+    assert isinstance(paused, Paused)
     connection.send_stdin(stream, b"later")
     connection.signal(stream, 15)
     assert sent(connection) == []
@@ -351,7 +358,7 @@ def test_exit(connection: Connection, field: tuple[Tag, bytes], expected: Exited
 def test_window_of_stdin_grows_again(connection: Connection) -> None:
     connection.send_stdin(1, bytes(WINDOW))
     credit = Frame(FrameType.WINDOW, 1, CREDIT.pack(Channel.STDIN, WINDOW - 1))
-    assert receive(connection, credit) == [Writable(1)]
+    assert kinds(receive(connection, credit)) == kinds([Writable(1)])
     assert connection.stdin_room(1) == WINDOW - 1
 
 
@@ -585,7 +592,7 @@ places = st.lists(st.integers(0, 1 << 20) | st.integers(0, 100), max_size=12)
 def test_good_sessions_however_they_are_cut(session: tuple[bytes, list[Event]], at: list[int]) -> None:
     data, expected = session
     connection = running()
-    assert [event for piece in cut(data, at) for event in connection.receive(piece)] == expected
+    assert kinds(event for piece in cut(data, at) for event in connection.receive(piece)) == kinds(expected)
     assert not connection._in
 
 
