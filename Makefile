@@ -39,7 +39,7 @@ lint: .venv/test
 
 # Start-up, many machines at once, a thousand runs: half an hour.
 bench: payload .venv/test
-	@tools/system-packages.sh $(TEST_PACKAGES) bubblewrap runc
+	@tools/system-packages.sh $(TEST_PACKAGES) bubblewrap runc kmod
 	$(PIP) --group bench
 	$(BIN)/python -m bench $(ARGS)
 
