@@ -87,6 +87,16 @@ def test_what_is_held_or_was_just_asked_for_stays(cache: Path) -> None:
     assert entries(cache) == [recent]
 
 
+def test_locks_of_those_who_died_go_and_others_stay(cache: Path) -> None:
+    store = Store(cache / "store")
+    store.locks.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (store.locks / "layers-of-one-who-died").touch(mode=0o600)
+    with store.locked("layers-of-one-who-lives"):
+        prune(store)
+        assert [path.name for path in store.locks.iterdir()] == ["layers-of-one-who-lives"]
+    assert list(store.locks.iterdir()) == []
+
+
 def test_an_entry_that_is_being_made_stays(cache: Path) -> None:
     store = Store(cache / "store")
     path = entries(cache)[0]

@@ -132,8 +132,7 @@ def _opened(item: Item) -> int:
 
 
 def _sweep(store: Store) -> None:
-    """Removes what processes left that died while they made or removed an entry."""
-    if store.staging.is_dir():
-        for path in store.staging.iterdir():
-            with suppress(InterruptedError), store.locked(path.name, lambda: True):
-                remove(path)
+    """Removes what processes left that died while they made or removed an entry: the half of one, or a lock alone."""
+    for name in {path.name for place in (store.staging, store.locks) if place.is_dir() for path in place.iterdir()}:
+        with suppress(InterruptedError), store.locked(name, lambda: True):
+            remove(store.staging / name)

@@ -95,7 +95,7 @@ class Store:
         self.downloads = root / "downloads"
         """What has been fetched in part: files by digest, written under their lock, gone when they have been read."""
         self.staging = root / "staging"
-        self._locks = root / "locks"
+        self.locks = root / "locks"
 
     # --- entries
 
@@ -106,8 +106,8 @@ class Store:
         Raises:
             InterruptedError: `cancelled` said so while another had it.
         """
-        self._locks.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._locks / name
+        self.locks.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.locks / name
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
