@@ -166,6 +166,24 @@ def _text(value: bytes) -> str:
     return "".join(c if c.isprintable() else "?" for c in value.decode("utf-8", "replace"))
 
 
+@dataclass(frozen=True)
+class Resume:
+    """What a machine that was saved is told when it wakes, so that it is not as others that wake from there."""
+
+    seed: bytes = field(repr=False)
+    """For its random numbers."""
+    clock: int
+    """Nanoseconds since 1970."""
+    hostname: str
+    shares: tuple[str, ...] = ()
+    """What it is to mount, as the kernel's command line has it (vmette/vmm/cmdline.py)."""
+
+    @classmethod
+    def now(cls, hostname: str, shares: Iterable[str] = ()) -> Resume:
+        """For a machine of that name."""
+        return cls(os.urandom(SEED_BYTES), time.time_ns(), hostname, tuple(shares))
+
+
 # What the guest says. Named tuples: a run waits for these classes to be made, and a dataclass takes four times as long.
 
 
@@ -220,24 +238,6 @@ class Exited(NamedTuple):
     code: int | None
     signal: int | None
     usage: Usage | None = None
-
-
-@dataclass(frozen=True)
-class Resume:
-    """What a machine that was saved is told when it wakes, so that it is not as others that wake from there."""
-
-    seed: bytes = field(repr=False)
-    """For its random numbers."""
-    clock: int
-    """Nanoseconds since 1970."""
-    hostname: str
-    shares: tuple[str, ...] = ()
-    """What it is to mount, as the kernel's command line has it (vmette/vmm/cmdline.py)."""
-
-    @classmethod
-    def now(cls, hostname: str, shares: Iterable[str] = ()) -> Resume:
-        """For a machine of that name."""
-        return cls(os.urandom(SEED_BYTES), time.time_ns(), hostname, tuple(shares))
 
 
 class Writable(NamedTuple):

@@ -51,7 +51,7 @@ def layer(store: Store, data: bytes = LAYER, name: str | None = None) -> Path:
 
 def assert_clean(store: Store) -> None:
     """Nothing is there but entries."""
-    for path in (store.root / "staging", store.root / "locks"):
+    for path in (store.staging, store.locks):
         assert not path.exists() or not list(path.iterdir())
 
 
@@ -372,7 +372,7 @@ def test_what_is_in_the_cache_is_ours_alone(store: Store) -> None:
         directory = store.directory([source], LIMITS)
     finally:
         os.umask(before)
-    for path in (store.layers, store.images, store.directories, store.staging, store.root / "locks", source):
+    for path in (store.layers, store.images, store.directories, store.staging, store.locks, source):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
     assert stat.S_IMODE(directory.parent.stat().st_mode) & 0o022 == 0 or store.directories.stat().st_mode & 0o077 == 0
 
