@@ -275,13 +275,14 @@ def test_connections_that_nobody_accepts_are_bounded(monkeypatch: pytest.MonkeyP
                     port.sendall(accepted(0x80000000 | number, stream))
                     port.sendall(frame(FrameType.EXIT, 0x80000000 | number, EXIT))
                 port.sendall(accepted(0x8FFFFFFF, stream))
-                done.set()
+            elif kind == FrameType.EXEC:
+                port.sendall(frame(FrameType.EXIT, stream, EXIT))
 
-    done = threading.Event()
     with session(monkeypatch, script) as (made, _):
         before = len(open_files())
         with Vsock(made).listen(5) as listener:
-            assert done.wait(60)
+            with start(made, -3, -3, -3) as process:  # at its end all that was said before has been taken
+                assert process.wait(60) == 0
             soon(lambda: len(open_files()) <= before + BACKLOG + 2)
             for _ in range(BACKLOG):
                 listener.accept(60).close()
