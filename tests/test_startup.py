@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,49 @@ def test_the_help_needs_no_native_code() -> None:
 def test_every_public_name_is_there(name: str) -> None:
     assert python("-c", f"import vmette; print(vmette.{name} is vmette.{name})") == "True\n"
     assert getattr(vmette, name) is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("early", [False, True], ids=["in its command", "while it reads its modules"])
+def test_a_signal_in_a_finalizer_ends_the_program(number: signal.Signals, *, early: bool) -> None:
+    """Python prints what is raised there, and goes on: that includes what a signal's handler raises."""
+    place = "vmette.headstart.begin" if early else "vmette.cli.group.main"
+    code = f"""
+import os, sys, time, vmette.__main__, vmette.cli
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), {number:d})
+        while True:  # a handler that is slow to come finds us here
+            time.sleep(0.01)
+
+def interrupted(*args, **kwargs):
+    Last()
+    time.sleep(60)
+
+{place} = interrupted
+sys.exit(vmette.__main__.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=False, timeout=50)
+    died = early and number != signal.SIGINT  # nothing stands in the way of the others yet
+    assert (done.returncode, done.stderr) == (-number if died else 128 + number, b"")
+
+
+def test_what_else_is_raised_in_a_finalizer_is_told() -> None:
+    code = """
+import sys, vmette.__main__
+
+class Last:
+    def __del__(self):
+        raise ValueError("from here")
+
+vmette.headstart.begin = lambda words: Last() and None
+sys.argv = ["vmette", "--version"]
+sys.exit(vmette.__main__.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True)
+    assert done.returncode == 0
+    assert "ValueError: from here" in done.stderr
 
 
 def test_public_names_are_listed() -> None:
