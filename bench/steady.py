@@ -2,8 +2,9 @@
 
     .venv/bin/python -m bench.steady [--runs N]
 
-One program runs `true` in a machine that wakes from a template, again and again. Compared are the first and the last
-tenth: milliseconds, and at their ends the program's memory, its open descriptors, and the cache.
+One program runs `true` in a machine that wakes from a template, again and again. After the first tenth and at the end
+are compared its memory, its open descriptors, and the cache. The computer changes its pace meanwhile, so that times of
+then and now tell nothing: at the end the program runs in turns with one that has just begun.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import vmette
@@ -33,23 +38,53 @@ def state() -> dict[str, float]:
     }
 
 
+def timed() -> float:
+    """The milliseconds of a run."""
+    begin = time.perf_counter()
+    vmette.run(BASE, ["true"], check=True)
+    return (time.perf_counter() - begin) * 1000
+
+
+@contextmanager
+def newcomer() -> Iterator[subprocess.Popen[str]]:
+    """A program that has only just begun: it does a run for each line, and answers with its milliseconds."""
+    code = "import sys; from bench.steady import timed\nfor _ in sys.stdin: print(timed(), flush=True)"
+    arguments = [sys.executable, "-c", code]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        yield program
+
+
+def ask(program: subprocess.Popen[str]) -> float:
+    """The milliseconds of a run of a :func:`newcomer`."""
+    assert program.stdin is not None
+    assert program.stdout is not None
+    program.stdin.write("\n")
+    program.stdin.flush()
+    return float(program.stdout.readline())
+
+
 def measure(runs: int) -> Report:
     """Of so many runs."""
     make_template(BASE)
     report = Report(f"{runs} runs in a row")
     tenth = max(1, runs // 10)
-    times = []
+    alone = max(tenth, runs - tenth)
     first = {}
-    for run in range(runs):
+    for run in range(alone):
         progress(f"{report.name}: {run + 1}")
-        begin = time.perf_counter()
-        vmette.run(BASE, ["true"], check=True)
-        times.append((time.perf_counter() - begin) * 1000)
+        timed()
         if run + 1 == tenth:
             first = state()
+    old, new = [], []
+    with newcomer() as program:
+        ask(program)  # the first one of a program reads modules
+        for run in range(tenth):
+            progress(f"{report.name}: {alone + run + 1}")
+            old.append(timed())
+            new.append(ask(program))
     progress("")
-    report.series = [Series("first tenth", tuple(times[:tenth])), Series("last tenth", tuple(times[-tenth:]))]
-    report.ratios["last / first"] = statistics.median(times[-tenth:]) / statistics.median(times[:tenth])
+    report.series = [Series("old", tuple(old)), Series("new", tuple(new))]
+    report.ratios["old / new"] = statistics.median(old) / statistics.median(new)
     last = state()
     report.facts["grown by"] = {name: last[name] - first[name] for name in last}
     return report
