@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import vmette
-from bench.measure import Report, Series, progress
+from bench.measure import Report, in_turns, progress
 from bench.startup import BASE, make_template
 from vmette import assets
 
@@ -45,13 +42,11 @@ def timed() -> float:
     return (time.perf_counter() - begin) * 1000
 
 
-@contextmanager
-def newcomer() -> Iterator[subprocess.Popen[str]]:
+def newcomer() -> subprocess.Popen[str]:
     """A program that has only just begun: it does a run for each line, and answers with its milliseconds."""
     code = "import sys; from bench.steady import timed\nfor _ in sys.stdin: print(timed(), flush=True)"
     arguments = [sys.executable, "-c", code]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
-        yield program
+    return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def ask(program: subprocess.Popen[str]) -> float:
@@ -68,23 +63,15 @@ def measure(runs: int) -> Report:
     make_template(BASE)
     report = Report(f"{runs} runs in a row")
     tenth = max(1, runs // 10)
-    alone = max(tenth, runs - tenth)
     first = {}
-    for run in range(alone):
+    for run in range(max(tenth, runs - tenth)):
         progress(f"{report.name}: {run + 1}")
         timed()
         if run + 1 == tenth:
             first = state()
-    old, new = [], []
     with newcomer() as program:
-        ask(program)  # the first one of a program reads modules
-        for run in range(tenth):
-            progress(f"{report.name}: {alone + run + 1}")
-            old.append(timed())
-            new.append(ask(program))
-    progress("")
-    report.series = [Series("old", tuple(old)), Series("new", tuple(new))]
-    report.ratios["old / new"] = statistics.median(old) / statistics.median(new)
+        in_turns({"old": timed, "new": lambda: ask(program)}, tenth, report)
+    report.ratios["old / new"] = report.of("old").median / report.of("new").median
     last = state()
     report.facts["grown by"] = {name: last[name] - first[name] for name in last}
     return report

@@ -7,10 +7,6 @@ import sys
 
 from . import headstart
 
-TYPE_CHECKING = False  # as in headstart
-if TYPE_CHECKING:
-    from types import FrameType
-
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
@@ -42,7 +38,7 @@ def _not_lost(lost: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(lost)
         return
 
-    def again(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    def again(*_: object) -> None:
         raise value
 
     import signal
